@@ -1,0 +1,64 @@
+# One entry per habit. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Ray starts two to three times slower when no process may keep its bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+export RAY_USAGE_STATS_ENABLED := 0
+export PATH := $(abspath $(BIN)):$(PATH)
+
+CONFIG ?= configs/demo.yaml
+RUNS ?= runs
+PACKAGES := jobs pipeline model
+
+.PHONY: help setup train test lint format types imports check bench submit ui lock clean
+
+help:  ## list the entries
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup:  ## virtual environment from requirements.lock (skipped while the lock is unchanged)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
+
+train: setup  ## prepare, train and evaluate on the shapes data set (CPU, minutes); CONFIG=..., ARGS='--key value'
+	@$(BIN)/python jobs/train.py --config $(CONFIG) $(ARGS)
+
+test: setup  ## all tests, on a CPU; ARGS='tests/model -k anchors'
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup  ## let ruff rewrite the formatting
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+types: setup  ## mypy, strict
+	@$(BIN)/mypy $(PACKAGES) tests
+
+imports: setup  ## the import contracts: jobs -> pipeline -> model
+	@$(BIN)/lint-imports
+
+check: lint types imports test  ## everything that has to be green before a commit
+
+bench: setup  ## speed of the training step's parts on this machine
+	@$(BIN)/python benchmarks/step.py
+
+submit: setup  ## the demo as a Ray job: start a head node on the loopback, submit, follow, end it
+	@$(BIN)/python jobs/submit.py --config $(CONFIG) --storage_path $(RUNS) $(ARGS)
+
+ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000
+	@mkdir -p $(RUNS)
+	@$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+
+lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
+	@uv pip compile pyproject.toml --extra development --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean:  ## remove caches; the environment and runs/ stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What a user runs; each job parses, loads the configuration and hands over."""

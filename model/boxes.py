@@ -1,0 +1,92 @@
+"""Arithmetic of boxes: xyxy, right and bottom exclusive, any leading dimensions; N may be 0 everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A predicted size change beyond this factor is a wild early guess; without the limit exp() overflows.
+MAX_LOG_SIZE_RATIO = math.log(1000.0 / 16.0)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Area of (..., 4) boxes in squared pixels, 0 where right is not right of left or bottom not below top."""
+    width = (boxes[..., 2] - boxes[..., 0]).clamp(min=0)
+    height = (boxes[..., 3] - boxes[..., 1]).clamp(min=0)
+    return width * height
+
+
+def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of every box with every other.
+
+    Args:
+        boxes: (..., N, 4) xyxy.
+        others: (..., M, 4) xyxy in the same frame.
+
+    Returns:
+        (..., N, M) in 0..1; 0 where either box has no area.
+    """
+    left_top = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])  # (..., N, M, 2)
+    right_bottom = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
+    size = (right_bottom - left_top).clamp(min=0)
+    intersection = size[..., 0] * size[..., 1]  # (..., N, M)
+    union = box_area(boxes)[..., :, None] + box_area(others)[..., None, :] - intersection
+    return torch.where(intersection > 0, intersection / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
+
+
+def encode_boxes(boxes: Tensor, references: Tensor, delta_scale: Sequence[float]) -> Tensor:
+    """Deltas that move and stretch the references onto the boxes (R-CNN, appendix C); inverse of `decode_boxes`.
+
+    Args:
+        boxes: (..., 4) xyxy.
+        references: (..., 4) xyxy in the same frame: anchors or proposals.
+        delta_scale: dx, dy, dw, dh are divided by these four numbers.
+
+    Returns:
+        (..., 4) dx, dy in reference widths and heights, dw, dh as log ratios. Finite also for boxes without area
+        (empty slots): their sides count as one thousandth of a pixel.
+    """
+    smallest = 1e-3
+    reference_size = (references[..., 2:] - references[..., :2]).clamp(min=smallest)
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=smallest)
+    shift = ((boxes[..., :2] + boxes[..., 2:]) - (references[..., :2] + references[..., 2:])) / 2
+    deltas = torch.cat([shift / reference_size, torch.log(size / reference_size)], dim=-1)
+    return deltas / deltas.new_tensor(delta_scale)
+
+
+def decode_boxes(deltas: Tensor, references: Tensor, delta_scale: Sequence[float]) -> Tensor:
+    """Move and stretch references by predicted deltas: `decode_boxes(encode_boxes(b, r), r) == b`.
+
+    Args:
+        deltas: (..., 4) dx, dy, dw, dh, each in units of `delta_scale`.
+        references: (..., 4) xyxy, any frame.
+        delta_scale: four numbers.
+
+    Returns:
+        (..., 4) xyxy in the frame of the references, not clipped.
+    """
+    deltas = deltas * deltas.new_tensor(delta_scale)
+    reference_size = references[..., 2:] - references[..., :2]
+    centre = (references[..., :2] + references[..., 2:]) / 2 + deltas[..., :2] * reference_size
+    size = reference_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SIZE_RATIO))
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Clip boxes to their image.
+
+    Args:
+        boxes: (B, N, 4) xyxy, or (N, 4) with one image size.
+        image_sizes: (B, 2) or (2,) height and width in the same frame.
+
+    Returns:
+        Boxes of the same shape; one that lay outside has no area.
+    """
+    limits = image_sizes.flip(-1).to(boxes.dtype)  # width, height
+    limits = torch.cat([limits, limits], dim=-1)
+    if boxes.dim() == 3:
+        limits = limits[:, None, :]
+    return torch.minimum(boxes.clamp(min=0), limits)

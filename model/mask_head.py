@@ -1,0 +1,50 @@
+"""Mask head: one mask a class for a region (Mask R-CNN, section 3 and figure 4)."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from model.config import MaskHeadConfig
+from model.norm import apply_norm, make_norm
+
+
+class MaskHead(nn.Module):
+    """3x3 convolutions with norm and ReLU, a 2x2 transposed convolution, a 1x1 to one logit a class."""
+
+    def __init__(self, in_channels: int, num_classes: int, config: MaskHeadConfig) -> None:
+        super().__init__()
+        widths = [in_channels] + [config.channels] * config.num_convolutions
+        has_bias = config.norm == "none"
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(a, b, 3, padding=1, bias=has_bias) for a, b in itertools.pairwise(widths)]
+        )
+        self.norms = nn.ModuleList([make_norm(config.norm, config.channels) for _ in self.convolutions])
+        self.upsampling = nn.ConvTranspose2d(config.channels, config.channels, 2, stride=2)
+        self.mask_logits = nn.Conv2d(config.channels, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_logits.weight, std=0.001)
+
+    def forward(self, regions: Tensor, classes: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Mask logits of each region for its class.
+
+        Args:
+            regions: (N, channels, pool_size, pool_size) from ROIAlign; N may be 0.
+            classes: (N,) int64, the class whose mask is wanted: the true one in training, else the predicted one.
+            valid: (N,) bool rows that count in norm statistics, or None for all.
+
+        Returns:
+            (N, 2 * pool_size, 2 * pool_size) float32.
+        """
+        x = regions
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = torch.relu(apply_norm(norm, convolution(x), valid))
+        logits: Tensor = self.mask_logits(torch.relu(self.upsampling(x)))  # (N, num_classes, 2 * pool, 2 * pool)
+        index = classes[:, None, None, None].expand(-1, 1, *logits.shape[2:])
+        return logits.gather(1, index)[:, 0].float()

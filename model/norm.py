@@ -1,0 +1,74 @@
+"""Norm layers of the heads; rows that are padding never enter a statistic."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+NormKind = Literal["batch", "frozen", "group", "none"]
+
+
+class RowBatchNorm(nn.BatchNorm2d):
+    """Batch norm over (N, C, H, W) where only some of the N rows are real.
+
+    With fewer than two values a channel (no regions in the batch) it normalises by its running statistics,
+    where the stock layer raises an error.
+    """
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Normalise.
+
+        Args:
+            x: (N, C, H, W); N may be 0.
+            valid: (N,) bool, rows that count in the statistics, or None for all of them.
+        """
+        if not self.training or (valid is None and x.numel() < 2 * self.num_features):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if valid is None:
+            return super().forward(x)
+        return self._masked(x, valid)
+
+    def _masked(self, x: Tensor, valid: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        values = x.float()
+        weights = valid.to(values.dtype)[:, None, None, None]
+        count = weights.sum() * (x.shape[2] * x.shape[3])
+        mean = (values * weights).sum(dim=(0, 2, 3)) / count.clamp(min=1)
+        centred = values - mean[:, None, None]
+        variance = (centred.square() * weights).sum(dim=(0, 2, 3)) / count.clamp(min=1)
+        enough = count >= 2
+        with torch.no_grad():
+            # The running variance is the unbiased one, as in the stock layer.
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            step = torch.where(enough, self.momentum, 0.0)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), step.to(self.running_mean.dtype))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), step.to(self.running_var.dtype))
+        mean = torch.where(enough, mean, self.running_mean)
+        variance = torch.where(enough, variance, self.running_var)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return ((values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def make_norm(kind: NormKind, channels: int) -> nn.Module:
+    """Norm layer for (N, channels, H, W) by its configuration name."""
+    if kind == "batch":
+        return RowBatchNorm(channels)
+    if kind == "frozen":
+        frozen: nn.Module = FrozenBatchNorm2d(channels)
+        return frozen
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.Identity()
+
+
+def apply_norm(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+    """Run a norm; only batch norm needs to know which rows are real."""
+    y: Tensor = norm(x, valid) if isinstance(norm, RowBatchNorm) else norm(x)
+    return y

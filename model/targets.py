@@ -1,0 +1,173 @@
+"""What anchors and regions are trained towards: matching by IoU, sampling at random.
+
+Letters: B images, A anchors, K proposals, G ground-truth slots.
+Sampling fills fixed slots, positives first, so that shapes do not depend on the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.boxes import pairwise_iou
+from model.config import ModelConfig
+from model.draws import uniform_draws
+from model.structures import Batch
+
+_RPN_SALT, _ROI_SALT = 1, 2
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows drawn from N candidates an image: P slots for positives, then M for negatives."""
+
+    index: Tensor
+    """(B, P + M) int64 row of the candidates; meaningless where not valid."""
+    valid: Tensor
+    """(B, P + M) bool: which slots hold a row."""
+    num_positive_slots: int
+    """P."""
+
+
+@dataclass(frozen=True)
+class RegionTargets:
+    """Regions that the heads are trained on, positives in the first P slots."""
+
+    boxes: Tensor
+    """(B, R, 4) xyxy in input pixels."""
+    valid: Tensor
+    """(B, R) bool."""
+    classes: Tensor
+    """(B, R) int64; 0 in negative and empty slots."""
+    matched_gt_index: Tensor
+    """(B, R) int64; meaningful for positives alone."""
+    num_positive_slots: int
+    """P."""
+
+
+def draw_samples(
+    positive: Tensor,
+    negative: Tensor,
+    random_keys: Tensor,
+    salt: int,
+    num_positive_slots: int,
+    num_negative_slots: int,
+    num_samples: int,
+) -> Samples:
+    """Draw positives, and negatives up to `num_samples` in all.
+
+    Args:
+        positive: (B, N) bool.
+        negative: (B, N) bool, nowhere true together with `positive`.
+        random_keys: (B,) int64; the draw is a function of them, the salt and the row alone.
+        salt: tells the draws of anchors from those of regions.
+        num_positive_slots: most positives an image.
+        num_negative_slots: most negatives an image.
+        num_samples: most rows an image.
+    """
+    draws = uniform_draws(random_keys, positive.shape[1], salt)
+    num_positive_slots = min(num_positive_slots, positive.shape[1])
+    num_negative_slots = min(num_negative_slots, positive.shape[1])
+    positive_index = torch.where(positive, draws, -1.0).topk(num_positive_slots, dim=1).indices
+    negative_index = torch.where(negative, draws, -1.0).topk(num_negative_slots, dim=1).indices
+    positive_valid = positive.gather(1, positive_index)
+    room = num_samples - positive_valid.sum(dim=1, keepdim=True)  # (B, 1)
+    slot = torch.arange(num_negative_slots, device=positive.device)
+    negative_valid = negative.gather(1, negative_index) & (slot < room)
+    return Samples(
+        index=torch.cat([positive_index, negative_index], dim=1),
+        valid=torch.cat([positive_valid, negative_valid], dim=1),
+        num_positive_slots=num_positive_slots,
+    )
+
+
+def _object_and_crowd_iou(boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """IoU (B, N, G) with objects (0 at crowds and empty slots), and the largest IoU (B, N) with a crowd."""
+    iou = pairwise_iou(boxes, batch.boxes)
+    is_object = (batch.classes > 0) & ~batch.is_crowd
+    is_crowd = (batch.classes > 0) & batch.is_crowd
+    crowd_iou = torch.where(is_crowd[:, None, :], iou, 0.0).amax(dim=2)
+    return torch.where(is_object[:, None, :], iou, 0.0), crowd_iou
+
+
+@torch.no_grad()
+def match_anchors(anchors: Tensor, batch: Batch, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Which anchors are positive, which negative, and the object each is closest to (Ren et al., section 3.1.2).
+
+    An anchor is positive with IoU >= `positive_iou`, or if no anchor fits one of the objects better; an object that
+    overlaps no anchor at all makes none positive (in the original it makes all of them).
+
+    Args:
+        anchors: (A, 4) xyxy in input pixels.
+        batch: ground truth; images may have no objects.
+        config: thresholds.
+
+    Returns:
+        positive (B, A) bool, negative (B, A) bool, matched_gt_index (B, A) int64.
+    """
+    iou, crowd_iou = _object_and_crowd_iou(anchors[None].expand(batch.num_images, -1, -1), batch)
+    best_iou, matched_gt_index = iou.max(dim=2)  # (B, A)
+    best_of_object = iou.amax(dim=1, keepdim=True)  # (B, 1, G)
+    best_for_an_object = ((iou == best_of_object) & (best_of_object > 0)).any(dim=2)
+    positive = (best_iou >= config.rpn.positive_iou) | best_for_an_object
+    negative = (best_iou < config.rpn.negative_iou) & ~positive & (crowd_iou < config.crowd_iou)
+    return positive, negative, matched_gt_index
+
+
+@torch.no_grad()
+def sample_anchors(positive: Tensor, negative: Tensor, batch: Batch, config: ModelConfig) -> Samples:
+    """Draw the anchors that enter the RPN losses."""
+    num_samples = config.rpn.anchors_per_image
+    return draw_samples(
+        positive,
+        negative,
+        batch.random_keys,
+        _RPN_SALT,
+        num_positive_slots=int(num_samples * config.rpn.positive_fraction),
+        num_negative_slots=num_samples,
+        num_samples=num_samples,
+    )
+
+
+@torch.no_grad()
+def sample_regions(proposals: Tensor, proposals_valid: Tensor, batch: Batch, config: ModelConfig) -> RegionTargets:
+    """Match proposals with objects and draw the regions that the heads are trained on (Mask R-CNN, section 3.1).
+
+    Args:
+        proposals: (B, K, 4) xyxy in input pixels.
+        proposals_valid: (B, K) bool.
+        batch: ground truth; images may have no objects.
+        config: thresholds and counts.
+    """
+    boxes, valid = proposals, proposals_valid
+    if config.roi.add_ground_truth:
+        boxes = torch.cat([boxes, batch.boxes], dim=1)
+        valid = torch.cat([valid, (batch.classes > 0) & ~batch.is_crowd], dim=1)
+    iou, crowd_iou = _object_and_crowd_iou(boxes, batch)
+    best_iou, matched_gt_index = iou.max(dim=2)
+    positive = (best_iou >= config.roi.positive_iou) & (best_iou > 0) & valid
+    negative = (best_iou < config.roi.positive_iou) & (crowd_iou < config.crowd_iou) & valid
+
+    num_regions = config.roi.rois_per_image
+    num_positive_slots = int(num_regions * config.roi.positive_fraction)
+    samples = draw_samples(
+        positive,
+        negative,
+        batch.random_keys,
+        _ROI_SALT,
+        num_positive_slots=num_positive_slots,
+        num_negative_slots=num_regions - num_positive_slots,
+        num_samples=num_regions,
+    )
+    sampled_gt_index = matched_gt_index.gather(1, samples.index)
+    is_positive = positive.gather(1, samples.index) & samples.valid
+    classes = torch.where(is_positive, batch.classes.gather(1, sampled_gt_index), 0)
+    return RegionTargets(
+        boxes=boxes.gather(1, samples.index[..., None].expand(-1, -1, 4)),
+        valid=samples.valid,
+        classes=classes,
+        matched_gt_index=sampled_gt_index,
+        num_positive_slots=samples.num_positive_slots,
+    )
