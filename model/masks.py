@@ -31,13 +31,16 @@ def crop_mask_targets(batch: Batch, image_index: Tensor, gt_index: Tensor, regio
     Returns:
         (P, M, M) float32 of 0 and 1.
     """
+    if batch.mask_bits.numel() == 0:  # no image has an object: there is nothing to index
+        return regions.new_zeros(regions.shape[0], size, size)
     mask_box = batch.mask_boxes[image_index, gt_index]  # (P, 4)
     height, width = batch.mask_sizes[image_index, gt_index].unbind(dim=1)  # (P,)
+    image_height, image_width = batch.image_sizes[image_index].unbind(dim=1)  # (P,)
     first_bit = batch.mask_offsets[image_index, gt_index] * 8
     # Sample positions in the pixel grid of the mask bits; pixel 0 has its centre at 0.
     steps = (torch.arange(size * _SAMPLES_PER_SIDE, device=regions.device) + 0.5) / (size * _SAMPLES_PER_SIDE)
-    x0, x1, weight_x = _neighbours(regions[:, 0::2], mask_box[:, 0::2], width, steps)
-    y0, y1, weight_y = _neighbours(regions[:, 1::2], mask_box[:, 1::2], height, steps)
+    x0, x1, weight_x = _neighbours(regions[:, 0::2], mask_box[:, 0::2], width, image_width, steps)
+    y0, y1, weight_y = _neighbours(regions[:, 1::2], mask_box[:, 1::2], height, image_height, steps)
 
     def bits(y: Tensor, x: Tensor) -> Tensor:
         inside = ((y >= 0) & (y < height[:, None]))[:, :, None] & ((x >= 0) & (x < width[:, None]))[:, None, :]
@@ -54,11 +57,17 @@ def crop_mask_targets(batch: Batch, image_index: Tensor, gt_index: Tensor, regio
     return (cells >= 0.5).float()
 
 
-def _neighbours(region: Tensor, mask_box: Tensor, cells: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbours(
+    region: Tensor, mask_box: Tensor, cells: Tensor, image_extent: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Along one axis: the two bits beside every sample, and the weight of the second; (P, S) each."""
     position = region[:, :1] + steps * (region[:, 1:] - region[:, :1])  # (P, S) input pixels
     extent = (mask_box[:, 1:] - mask_box[:, :1]).clamp(min=1e-6)
     position = (position - mask_box[:, :1]) / extent * cells[:, None] - 0.5
+    # As in ROIAlign, what lies beyond the centre of the image's outermost pixel has the value of that pixel.
+    first_pixel = -mask_box[:, :1] / extent * cells[:, None]
+    last_pixel = (image_extent[:, None] - mask_box[:, :1]) / extent * cells[:, None] - 1
+    position = torch.minimum(torch.maximum(position, first_pixel), last_pixel)
     low = torch.floor(position)
     return low.long(), low.long() + 1, position - low
 

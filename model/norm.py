@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -64,7 +63,9 @@ def make_norm(kind: NormKind, channels: int) -> nn.Module:
         frozen: nn.Module = FrozenBatchNorm2d(channels)
         return frozen
     if kind == "group":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
+        # At least eight channels a group: on a 1x1 map a channel alone in its group is always normalised to zero.
+        groups = next((groups for groups in (32, 16, 8, 4, 2) if channels % (8 * groups) == 0), 1)
+        return nn.GroupNorm(groups, channels)
     return nn.Identity()
 
 

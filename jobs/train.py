@@ -1,0 +1,39 @@
+"""Train Mask R-CNN; prepares the data first where that has not been done.
+
+    python jobs/train.py --config configs/demo.yaml --run.name my-run --optim.learning_rate 0.001
+
+The same command again goes on from the last checkpoint. The last line printed is JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from pipeline.command_line import parse, run_job
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, prepare, train, print the summary."""
+    options = parse(__doc__ or "", arguments)
+    config = options.experiment
+
+    from pipeline import cluster, launch
+    from pipeline.prepare import prepare
+
+    summary = launch.finished_summary(config, say)
+    if summary is None:
+        cluster.connect(options.debug)
+        data = prepare(config, say)
+        summary = launch.train(config, data, say)
+    print(json.dumps(summary))
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_job(main)

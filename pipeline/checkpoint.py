@@ -1,0 +1,204 @@
+"""Checkpoints: everything that a training goes on from, in files that cannot run code.
+
+model.safetensors    parameters and buffers
+optimizer.pt         optimiser state, loadable with weights_only=True
+checkpoint.json      written last: step, metrics, configuration, classes, digest of the data, size of the other files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.mask_rcnn import MaskRCNN
+from pipeline import storage
+from pipeline.config import ExperimentConfig
+from pipeline.errors import UserError
+
+FORMAT_VERSION = 1
+MODEL_FILE, OPTIMIZER_FILE, DESCRIPTION_FILE = "model.safetensors", "optimizer.pt", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is of."""
+
+    step: int
+    """Steps done."""
+    epoch: float
+    """Epochs done."""
+    metrics: dict[str, float]
+    """Of the latest evaluation; empty before the first one."""
+    class_names: list[str]
+    """Names of classes 1..C-1."""
+    manifest_digest: str
+    """Of the training shards."""
+    config: dict[str, Any]
+    """The resolved `ExperimentConfig`."""
+
+    def experiment(self) -> ExperimentConfig:
+        """The configuration, checked."""
+        return ExperimentConfig.model_validate(self.config)
+
+
+def write_checkpoint(
+    folder: str, model: MaskRCNN, optimizer: torch.optim.Optimizer | None, description: Description
+) -> None:
+    """Write a checkpoint into an empty local folder, its description last.
+
+    Args:
+        folder: that exists.
+        model: not wrapped in DistributedDataParallel.
+        optimizer: None for a checkpoint that is only predicted with.
+        description: see there.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, os.path.join(folder, MODEL_FILE))
+    files = [MODEL_FILE]
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), os.path.join(folder, OPTIMIZER_FILE))
+        files.append(OPTIMIZER_FILE)
+    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in files}
+    content = {"format_version": FORMAT_VERSION, "file_sizes": sizes, **asdict(description)}
+    storage.write_bytes(os.path.join(os.path.abspath(folder), DESCRIPTION_FILE), json.dumps(content, indent=1).encode())
+
+
+def read_description(folder: str) -> Description:
+    """What a local folder holds, after a look whether it is whole.
+
+    Raises:
+        UserError: no checkpoint, one that was cut off, or of another format version.
+    """
+    path = os.path.join(folder, DESCRIPTION_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no checkpoint (there is no {DESCRIPTION_FILE})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); take another checkpoint") from error
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
+    for name, size in content.pop("file_sizes").items():
+        file_path = os.path.join(folder, name)
+        found = os.path.getsize(file_path) if os.path.exists(file_path) else None
+        if found != size:
+            raise UserError(
+                f"{file_path}: {found} bytes, expected {size}; the checkpoint is not whole, take another one"
+            )
+    return Description(**content)
+
+
+def load_model_state(folder: str, model: MaskRCNN) -> None:
+    """Put the weights of a checkpoint into a model; nothing is loaded partly.
+
+    Raises:
+        UserError: the weights are of another architecture or number of classes, with the first difference.
+    """
+    path = os.path.join(folder, MODEL_FILE)
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            where = "the configured model" if name in state else "the checkpoint"
+            raise UserError(f"{path}: of another architecture: {where} has no {name}")
+        if state[name].shape != expected[name].shape:
+            shapes = f"{tuple(state[name].shape)}, the configured model has {tuple(expected[name].shape)}"
+            raise UserError(f"{path}: of another architecture or number of classes: {name} is {shapes}")
+    model.load_state_dict(state)
+
+
+def load_optimizer_state(folder: str, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimiser state of a checkpoint into an optimiser of the same model.
+
+    Raises:
+        UserError: the checkpoint has none, or it does not fit.
+    """
+    path = os.path.join(folder, OPTIMIZER_FILE)
+    if not os.path.exists(path):
+        raise UserError(f"{folder}: has no {OPTIMIZER_FILE}; it can be predicted with, but not trained on")
+    try:
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: of another optimiser ({error})") from error
+
+
+def build_model(folder: str) -> tuple[MaskRCNN, Description]:
+    """The model of a checkpoint with its weights, in evaluation mode on the CPU."""
+    description = read_description(folder)
+    model = MaskRCNN(description.experiment().model, len(description.class_names) + 1)
+    load_model_state(folder, model)
+    return model.to(memory_format=torch.channels_last).eval(), description
+
+
+def check_same_classes(description: Description, class_names: list[str], reference: str) -> None:
+    """Refuse data of other classes than a checkpoint was trained on.
+
+    Raises:
+        UserError: with the first difference.
+    """
+    if description.class_names == class_names:
+        return
+    for index in range(max(len(description.class_names), len(class_names))):
+        ours = description.class_names[index] if index < len(description.class_names) else "nothing"
+        theirs = class_names[index] if index < len(class_names) else "nothing"
+        if ours != theirs:
+            raise UserError(
+                f"{reference}: trained on other classes: class {index + 1} is {ours!r} there, {theirs!r} in the data "
+                f"({len(description.class_names)} against {len(class_names)} classes)"
+            )
+
+
+def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None = None) -> str:
+    """Local folder of the checkpoint that a user means.
+
+    Args:
+        reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), or the
+            id of an MLflow run (likewise).
+        storage_path: where runs are.
+        mlflow_uri: tracking server or store, for an MLflow run.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if os.path.exists(os.path.join(reference, DESCRIPTION_FILE)):
+        return os.path.abspath(reference)
+    for run_folder in (reference, os.path.join(storage_path, reference)):
+        checkpoint = best_checkpoint_of_run(run_folder)
+        if checkpoint is not None:
+            return checkpoint
+    if re.fullmatch(r"[0-9a-f]{32}", reference):
+        from pipeline.tracking import download_checkpoint
+
+        return download_checkpoint(reference, mlflow_uri)
+    raise UserError(
+        f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
+        "nor the id of an MLflow run"
+    )
+
+
+def best_checkpoint_of_run(run_folder: str) -> str | None:
+    """The whole checkpoint of a run with the largest segm_AP, the latest of equals; None where there is none."""
+    if not os.path.isdir(run_folder):
+        return None
+    candidates = []
+    for name in os.listdir(run_folder):
+        folder = os.path.join(run_folder, name)
+        if os.path.exists(os.path.join(folder, DESCRIPTION_FILE)):
+            try:
+                description = read_description(folder)
+            except UserError:
+                continue  # cut off while it was written
+            candidates.append((description.metrics.get("segm_AP", -1.0), description.step, os.path.abspath(folder)))
+    return max(candidates)[2] if candidates else None

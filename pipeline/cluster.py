@@ -1,0 +1,155 @@
+"""Ray: connect or start, and find out whether what a run asks for can ever be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ScalingSettings
+from pipeline.errors import UserError
+
+MIN_CPUS_FOR_DATA = 1
+MIN_LOCAL_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What every worker gets."""
+
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+    cpus_for_data: float
+    """CPUs left for Ray Data; with none it would wait for ever, without an error."""
+
+
+def connect(debug: bool) -> None:
+    """Join the cluster of RAY_ADDRESS (set in a submitted job), or start Ray on this machine.
+
+    A local Ray counts one CPU more than there are: reading data takes little, and workers would leave it none.
+
+    Args:
+        debug: show Ray's own messages and those of the workers.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    # Read when Ray starts or by Ray Train in the driver, so set before the import.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {} if debug else {"log_to_driver": False, "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        num_cpus = max(os.cpu_count() or 1, MIN_LOCAL_WORKERS) + MIN_CPUS_FOR_DATA
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    if not debug:
+        _quiet_data()
+
+
+def _quiet_data() -> None:
+    """Our own progress replaces that of Ray Data."""
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Placement:
+    """Decide between CPU and GPU, and wait for nodes that an autoscaler may bring.
+
+    Raises:
+        UserError: the cluster cannot hold the workers and one CPU for Ray Data, now and ever; or not in time.
+    """
+    use_gpu = scaling.accelerator == "gpu"
+    if scaling.accelerator == "auto":
+        use_gpu = _num_that_fit(_nodes(), {"GPU": 1.0}) >= scaling.num_workers
+    resources = {"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
+    deadline = time.monotonic() + scaling.wait_for_nodes_minutes * 60
+    asked = False
+    while (shortage := _shortage(scaling.num_workers, resources)) is not None:
+        if not _has_autoscaler():
+            raise UserError(f"{shortage}, and no autoscaler can add nodes; lower --scaling.num_workers")
+        most = _most_that_autoscaler_brings()
+        for name, amount in resources.items():
+            if most is not None and amount * scaling.num_workers > most.get(name, 0):
+                raise UserError(
+                    f"{scaling.num_workers} workers need {amount * scaling.num_workers:g} {name}, the autoscaler may "
+                    f"bring at most {most.get(name, 0):g}; lower --scaling.num_workers or raise its max_workers"
+                )
+        if not asked:
+            _request(scaling.num_workers, resources)
+            say(f"cluster: {shortage}; waiting up to {scaling.wait_for_nodes_minutes:g} minutes for the autoscaler")
+            asked = True
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{shortage} after {scaling.wait_for_nodes_minutes:g} minutes of waiting for the autoscaler; "
+                "look at `ray status`, or raise --scaling.wait_for_nodes_minutes"
+            )
+        time.sleep(2)
+    total_cpus = sum(node.get("CPU", 0.0) for node in _nodes())
+    return Placement(use_gpu, resources, total_cpus - scaling.num_workers * resources["CPU"])
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of every node that is alive."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _num_that_fit(nodes: list[dict[str, float]], resources: dict[str, float]) -> int:
+    """Workers that the nodes can hold at once; a worker never spans nodes."""
+    return sum(int(min(node.get(name, 0.0) / amount for name, amount in resources.items())) for node in nodes)
+
+
+def _shortage(num_workers: int, resources: dict[str, float]) -> str | None:
+    """What is lacking, in words; None where everything is there."""
+    nodes = _nodes()
+    fit = _num_that_fit(nodes, resources)
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    if fit < num_workers:
+        return f"{num_workers} workers of {wanted} each do not fit into the cluster, which holds {fit}"
+    left = sum(node.get("CPU", 0.0) for node in nodes) - num_workers * resources["CPU"]
+    if left < MIN_CPUS_FOR_DATA:
+        return f"{num_workers} workers of {wanted} each leave no CPU for reading data"
+    return None
+
+
+def _has_autoscaler() -> bool:
+    """Whether something may add nodes to the cluster that Ray runs on."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if _most_that_autoscaler_brings() is not None:
+        return True
+    # A cluster without an autoscaler still has its monitor, which then names every node's type "node_<id>".
+    status = _internal_kv_get("__autoscaling_status")
+    report = (json.loads(status) if status else {}).get("autoscaler_report") or {}
+    types = [*(report.get("active_nodes") or {}), *(report.get("available_node_types") or {})]
+    return any(not name.startswith("node_") for name in types)
+
+
+def _most_that_autoscaler_brings() -> dict[str, float] | None:
+    """Largest resources that the cluster's configuration allows, where the autoscaler tells them."""
+    import ray
+
+    most: dict[str, float] | None = ray._private.state.state.get_max_resources_from_cluster_config()
+    return most
+
+
+def _request(num_workers: int, resources: dict[str, float]) -> None:
+    """Ask the autoscaler for room for the workers and for reading data."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[resources] * num_workers + [{"CPU": MIN_CPUS_FOR_DATA}])

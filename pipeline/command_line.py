@@ -1,0 +1,152 @@
+"""Command line of the jobs: YAML and overrides to a checked configuration, errors as one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import ExperimentConfig
+from pipeline.errors import UserError
+
+CONFIG_EXIT_CODE = 2
+FAILURE_EXIT_CODE = 1
+
+
+class ConfigurationError(UserError):
+    """A key or value that the configuration does not have: exit code 2."""
+
+
+def run_job(main: Callable[[list[str]], None]) -> None:
+    """Run a job's main function; what the user can mend becomes one line and an exit code, the rest a traceback."""
+    arguments = sys.argv[1:]
+    try:
+        main(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - what a job says to a person
+        sys.exit(CONFIG_EXIT_CODE if isinstance(error, ConfigurationError) else FAILURE_EXIT_CODE)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | None = None) -> SimpleNamespace:
+    """Parse a job's command line.
+
+    Args:
+        description: of the job, for --help.
+        arguments: without the program's name.
+        extra: further required options of the job (`--checkpoint`) and their help.
+
+    Returns:
+        Namespace with `experiment` (an `ExperimentConfig`), `debug`, and one entry for each extra option.
+
+    Raises:
+        ConfigurationError: unknown key, wrong type, value out of range, file that cannot be read.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the keys below; may be given repeatedly"
+    )
+    parser.add_argument("--debug", action="store_true", help="show Ray's messages, and tracebacks of errors")
+    for name, help_text in (extra or {}).items():
+        parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
+    for name, field in ExperimentConfig.model_fields.items():
+        parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
+    try:
+        namespace = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise ConfigurationError(explain(str(error))) from error
+    values = namespace.as_dict()
+    parts = {name: values[name] for name in ExperimentConfig.model_fields}
+    try:
+        experiment = ExperimentConfig.model_validate(parts)
+    except ValidationError as error:
+        raise ConfigurationError(explain_validation(error)) from error
+    return SimpleNamespace(experiment=experiment, debug=values["debug"], **{name: values[name] for name in extra or {}})
+
+
+def known_keys(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> Iterator[str]:
+    """Full names of all keys of the configuration."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        for part in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel) and "tuple" not in str(annotation):
+                yield from known_keys(part, f"{prefix}{name}.")
+                break
+        else:
+            yield f"{prefix}{name}"
+
+
+def explain(message: str) -> str:
+    """The parser's message as one line that names the key and what is allowed."""
+    unknown = (
+        re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        or re.search(r"(?:[Uu]nrecognized arguments?: --|Key \"|Key ')()([\w.]+)", message)
+        or re.search(r"does not accept (?:nested )?(?:key|option)s?()[^\w]*([\w.]+)", message)
+    )
+    if unknown:
+        return _unknown_key(".".join(filter(None, unknown.groups())))
+    wrong = re.match(r"(?:Parser|Problem with given) key \"([\w.]+)\":?\s*(.*)", message, flags=re.DOTALL)
+    if wrong:
+        key, rest = wrong.groups()
+        inputs = re.findall(r"((?:Input|Value|Tuple|Field|Extra|String)\b.*?)(?: \[type=| For further|$)", rest)
+        value = re.search(r"Got value: (.*)$", rest, flags=re.DOTALL)
+        expected = "; ".join(dict.fromkeys(inputs)) or _one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
+        return f"{key}: {expected.rstrip('. ')}{_range_of(key)}" + (f", got {_one_line(value[1])}" if value else "")
+    return _one_line(message)
+
+
+def explain_validation(error: ValidationError) -> str:
+    """Pydantic's findings as one line."""
+    findings = []
+    for finding in error.errors():
+        key = ".".join(str(part) for part in finding["loc"])
+        if finding["type"] == "extra_forbidden":
+            findings.append(_unknown_key(key))
+        else:
+            findings.append(f"{key}: {finding['msg'].removeprefix('Value error, ')}{_range_of(key)}")
+    return "; ".join(findings)
+
+
+def _unknown_key(key: str) -> str:
+    keys = list(known_keys())
+    closest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not closest:  # the right last name in the wrong group
+        closest = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]][:1]
+    hint = f"; did you mean {closest[0]}?" if closest else "; see --help for all keys"
+    return f"{key}: no such key{hint}"
+
+
+def _range_of(key: str) -> str:
+    """What the field allows, from its declaration."""
+    model: Any = ExperimentConfig
+    field = None
+    for part in key.split("."):
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            return ""
+        field = fields[part]
+        candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    limits = []
+    for constraint in getattr(field, "metadata", []):
+        for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "a multiple of")):
+            if getattr(constraint, attribute, None) is not None:
+                limits.append(f"{sign} {getattr(constraint, attribute):g}")
+    return f" (allowed: {' and '.join(limits)})" if limits else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,182 @@
+"""Every knob of an experiment, one default each; an unknown key or a value out of range is an error.
+
+The same names stand in YAML files, on the command line (`--optim.learning_rate 0.01`) and in MLflow's parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, PositiveFloat, PositiveInt
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
+
+
+class CocoSource(Config):
+    """One COCO instances file with the folder of its images."""
+
+    annotations: str
+    """COCO instances JSON, absolute or relative to data.root."""
+    images: str = "images"
+    """Folder that file_name is relative to, absolute or relative to data.root."""
+
+
+class SyntheticSettings(Config):
+    """The shapes data set, written below data.root where it is not there yet."""
+
+    training_images: PositiveInt = 1500
+    """Images to train on."""
+    validation_images: PositiveInt = 200
+    """Images to evaluate on."""
+    seed: NonNegativeInt = 0
+    """What the data set is a function of."""
+
+
+class DataSettings(Config):
+    """Where images and annotations are, and how they are laid out for training."""
+
+    root: str = "."
+    """Folder that the paths of the sources are relative to."""
+    sources: Annotated[tuple[CocoSource, ...], Field(min_length=1)] = (
+        CocoSource(annotations="annotations/instances_train.json"),
+    )
+    """COCO files to train on together; classes are united by name."""
+    validation_sources: Annotated[tuple[CocoSource, ...], Field(min_length=1)] = (
+        CocoSource(annotations="annotations/instances_val.json"),
+    )
+    """COCO files to evaluate on."""
+    synthetic: SyntheticSettings | None = None
+    """Make the shapes data set below data.root first."""
+    shards: str | None = None
+    """Folder of the prepared Arrow shards; by default one below run.storage_path, named by what went into it."""
+    rows_per_shard: PositiveInt = 64
+    """Images in a shard."""
+    canvases: Annotated[tuple[tuple[CanvasSide, CanvasSide], ...], Field(min_length=1)] = (
+        (800, 1344),
+        (1344, 800),
+        (1088, 1088),
+    )
+    """Height and width that images are resized and padded to; each image goes where it comes out largest."""
+    shuffle_window: PositiveInt = 16
+    """Shards whose rows are shuffled together."""
+    object_store_megabytes: PositiveInt = 512
+    """Most memory that batches on their way to the workers may take."""
+
+
+class AugmentSettings(Config):
+    """Random changes of training images, a function of (seed, epoch, row)."""
+
+    horizontal_flip: Fraction = 0.5
+    """Share of images mirrored left to right."""
+    vertical_flip: Fraction = 0.0
+    """Share of images mirrored top to bottom."""
+
+
+class OptimSettings(Config):
+    """Optimiser and learning rate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser."""
+    learning_rate: PositiveFloat = 0.02
+    """Learning rate after warm-up, for the global batch that is configured."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of weights; norms and biases have none."""
+    warmup_steps: NonNegativeInt = 1000
+    """Steps over which the learning rate rises linearly from a thousandth."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after warm-up; cosine ends at a hundredth on the last step."""
+    gradient_clip_norm: PositiveFloat = 5.0
+    """Largest global norm of the gradient."""
+
+
+class TrainSettings(Config):
+    """Length and shape of a training."""
+
+    epochs: PositiveFloat = 12.0
+    """Passes over the training rows; a fraction is allowed."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps, whatever the epochs."""
+    batch_size_per_worker: PositiveInt = 2
+    """Images a worker and step; the global batch is this times scaling.num_workers."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it."""
+    seed: NonNegativeInt = 0
+    """What initial weights, order, augmentation and sampling are functions of."""
+    evaluate_every_epochs: PositiveInt = 1
+    """Epochs between evaluations; the last step is always evaluated."""
+    log_every_steps: PositiveInt = 10
+    """Steps whose metrics are logged together."""
+
+
+class CheckpointSettings(Config):
+    """When the state is saved, beside every evaluation and the end."""
+
+    every_minutes: PositiveFloat = 15.0
+    """Longest time between two checkpoints."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Checkpoints kept: the best, the latest, and others by segm_AP."""
+
+
+class ScalingSettings(Config):
+    """Workers and what each of them gets."""
+
+    num_workers: PositiveInt = 2
+    """Data-parallel training processes."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """What workers train on; auto takes GPUs where the cluster has one for every worker."""
+    cpus_per_worker: PositiveInt = 1
+    """CPUs reserved for a worker, and its number of threads on a CPU."""
+    wait_for_nodes_minutes: PositiveFloat = 30.0
+    """How long to wait for an autoscaler to bring the resources asked for."""
+
+
+class RunSettings(Config):
+    """Where a run is kept and recorded."""
+
+    name: str = "maskrcnn"
+    """Name of the run; the same name again goes on with it."""
+    storage_path: str = "runs"
+    """Folder or bucket that all nodes reach; the run lives in storage_path/name."""
+    mlflow_uri: str | None = None
+    """MLflow server; by default a sqlite file in storage_path."""
+    mlflow_experiment: str = "mask-rcnn"
+    """MLflow experiment."""
+    max_failures: NonNegativeInt = 3
+    """Lost workers or crashes after which the run gives up."""
+
+    @model_validator(mode="after")
+    def _name_is_a_folder_name(self) -> Self:
+        if not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"):
+            raise ValueError(f"name {self.name!r} has to be a plain folder name")
+        return self
+
+
+class ExperimentConfig(Config):
+    """An experiment, whole."""
+
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    data: DataSettings = DataSettings()
+    """Images and annotations."""
+    augment: AugmentSettings = AugmentSettings()
+    """Augmentation."""
+    optim: OptimSettings = OptimSettings()
+    """Optimiser."""
+    train: TrainSettings = TrainSettings()
+    """Training."""
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    """Checkpoints."""
+    scaling: ScalingSettings = ScalingSettings()
+    """Workers."""
+    run: RunSettings = RunSettings()
+    """Bookkeeping."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images a step over all workers."""
+        return self.train.batch_size_per_worker * self.scaling.num_workers

@@ -1,0 +1,229 @@
+"""COCO average precision of boxes and masks; every row exactly once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.mask_rcnn import MaskRCNN
+from model.masks import encode_detections
+from model.postprocess import to_original
+from model.structures import Detections
+from pipeline.preprocess import num_mask_bytes, unpack_mask
+from pipeline.shards import Manifest, ShardSet
+from pipeline.training import autocast
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluatedRow:
+    """What one row contributes to the evaluation; small enough to be sent elsewhere."""
+
+    row: int
+    height: int
+    """Original rows."""
+    width: int
+    annotations: list[Json]
+    """Ground truth."""
+    results: list[Json]
+
+
+AP_NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+AP_METRICS = tuple(f"{kind}_{name}" for kind in ("bbox", "segm") for name in AP_NAMES)
+"""Names of the numbers that `average_precision` returns, in its order."""
+
+
+def rows_of_worker(num_rows: int, worker: int, num_workers: int) -> range:
+    """Rows that one of the workers looks at; together they see each exactly once."""
+    return range(worker, num_rows, num_workers)
+
+
+def predict_rows(
+    model: MaskRCNN, shards: ShardSet, rows: Iterable[int], batch_size: int, dtype: torch.dtype | None
+) -> Iterator[tuple[dict[str, Any], Detections]]:
+    """Detections of prepared rows in original pixels, masks not yet pasted.
+
+    Args:
+        model: in evaluation mode.
+        shards: validation data.
+        rows: which of them.
+        batch_size: images a forward pass; only rows of one canvas share one.
+        dtype: see `autocast_dtype`.
+
+    Yields:
+        The row as read, and what was found in it.
+    """
+    device = next(model.parameters()).device
+    waiting: dict[int, list[dict[str, Any]]] = {}
+    for values in shards.read_rows(list(rows)):
+        group = waiting.setdefault(values["canvas"], [])
+        group.append(values)
+        if len(group) == batch_size:
+            yield from _predict(model, shards.manifest, group, device, dtype)
+            group.clear()
+    for group in waiting.values():
+        if group:
+            yield from _predict(model, shards.manifest, group, device, dtype)
+
+
+def _predict(
+    model: MaskRCNN,
+    manifest: Manifest,
+    group: Sequence[dict[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[dict[str, Any], Detections]]:
+    canvas_height, canvas_width = manifest.canvases[group[0]["canvas"]]
+    images = np.zeros((len(group), canvas_height, canvas_width, 3), dtype=np.uint8)
+    for index, values in enumerate(group):
+        height, width = values["image_height"], values["image_width"]
+        images[index, :height, :width] = values["image"].reshape(height, width, 3)
+    sizes = [(values["image_height"], values["image_width"]) for values in group]
+    with autocast(dtype, device.type):
+        found = model.detect(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.tensor(sizes).to(device))
+    for values, size, detections in zip(group, sizes, found, strict=True):
+        yield values, to_original(detections, size, (values["height"], values["width"]))
+
+
+def coco_results(values: dict[str, Any], detections: Detections, manifest: Manifest) -> list[Json]:
+    """Detections of one row as COCO results, keyed by row and class.
+
+    Classes that the row's data set has not labelled are left out: nobody can say whether they are right.
+
+    Args:
+        values: the row.
+        detections: in original pixels.
+        manifest: of the data set.
+    """
+    active = set(manifest.sources[values["source"]].active_class_ids)
+    segmentations = encode_detections(detections, values["height"], values["width"])
+    boxes, scores, classes = detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist()
+    return [
+        {
+            "image_id": values["row"],
+            "category_id": class_id,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": score,
+            "segmentation": segmentation,
+        }
+        for (x0, y0, x1, y1), score, class_id, segmentation in zip(boxes, scores, classes, segmentations, strict=True)
+        if class_id in active
+    ]
+
+
+def ground_truth(values: dict[str, Any]) -> list[Json]:
+    """Annotations of one row as COCO annotations, masks exactly as they were before sharding."""
+    from pycocotools import mask as coco_mask
+
+    annotations, offset = [], 0
+    for index, (left, top, right, bottom) in enumerate(values["mask_boxes"].reshape(-1, 4).tolist()):
+        num_bytes = num_mask_bytes(bottom - top, right - left)
+        bits = values["mask_bits"][offset : offset + num_bytes]
+        offset += num_bytes
+        mask = np.zeros((values["height"], values["width"]), dtype=np.uint8, order="F")
+        mask[top:bottom, left:right] = unpack_mask(bits, bottom - top, right - left)
+        annotations.append(
+            {
+                "image_id": values["row"],
+                "category_id": int(values["classes"][index]),
+                "bbox": values["bboxes"][4 * index : 4 * index + 4].tolist(),
+                "area": float(values["areas"][index]),
+                "iscrowd": int(values["is_crowd"][index]),
+                "segmentation": coco_mask.encode(mask),
+            }
+        )
+    return annotations
+
+
+def evaluate_rows(
+    model: MaskRCNN, shards: ShardSet, rows: Sequence[int], batch_size: int, dtype: torch.dtype | None
+) -> list[EvaluatedRow]:
+    """Ground truth and results of some rows; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        return [
+            EvaluatedRow(
+                values["row"],
+                values["height"],
+                values["width"],
+                ground_truth(values),
+                coco_results(values, detections, shards.manifest),
+            )
+            for values, detections in predict_rows(model, shards, rows, batch_size, dtype)
+        ]
+    finally:
+        model.train(was_training)
+
+
+def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: int) -> dict[str, float]:
+    """COCO AP over all rows, as pycocotools counts it.
+
+    Args:
+        seen: what `evaluate_rows` of all workers gave, in any order.
+        num_rows: of the data set.
+        num_classes: C, with the background.
+
+    Returns:
+        The numbers of `AP_METRICS`; -1 where there is no object of that size at all, as in pycocotools.
+
+    Raises:
+        RuntimeError: not every row was seen exactly once.
+    """
+    ordered = sorted(seen, key=lambda entry: entry.row)
+    rows = [entry.row for entry in ordered]
+    if rows != list(range(num_rows)):
+        raise RuntimeError(f"evaluation saw {len(rows)} rows ({len(set(rows))} different ones) of {num_rows}")
+    images = [{"id": entry.row, "height": entry.height, "width": entry.width} for entry in ordered]
+    annotations = [annotation for entry in ordered for annotation in entry.annotations]
+    results = [result for entry in ordered for result in entry.results]
+    return coco_average_precision(images, range(1, num_classes), annotations, results)
+
+
+def coco_average_precision(
+    images: Sequence[Json], category_ids: Iterable[int], annotations: Sequence[Json], results: Sequence[Json]
+) -> dict[str, float]:
+    """COCO AP of results against annotations.
+
+    Args:
+        images: id, height and width of each.
+        category_ids: to average over.
+        annotations: ground truth, segmentations as polygons or RLE; ids are given anew.
+        results: bbox, score and RLE of each.
+
+    Returns:
+        The numbers of `AP_METRICS`.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth, found = COCO(), COCO()
+    categories = [{"id": category_id, "name": str(category_id)} for category_id in category_ids]
+    metrics: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth.dataset = {"images": list(images), "categories": categories, "annotations": _numbered(annotations)}
+        truth.createIndex()
+        # Its loadRes takes areas of boxes for masks too; the area decides the size class, so we keep to that.
+        detections = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
+        found.dataset = {"images": list(images), "categories": categories, "annotations": _numbered(detections)}
+        found.createIndex()
+        for kind in ("bbox", "segm"):
+            evaluation = COCOeval(truth, found, iouType=kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            for name, value in zip(AP_NAMES, evaluation.stats[:6], strict=True):
+                metrics[f"{kind}_{name}"] = float(value)
+    return metrics
+
+
+def _numbered(annotations: Sequence[Json]) -> list[Json]:
+    """With ids from 1 on: pycocotools takes 0 for "no match"."""
+    return [{**annotation, "id": index + 1} for index, annotation in enumerate(annotations)]

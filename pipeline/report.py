@@ -1,0 +1,132 @@
+"""Pictures for people: predictions beside ground truth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from model.masks import paste_masks
+from model.structures import Detections
+from pipeline.preprocess import UInt8Array, num_mask_bytes, unpack_mask
+
+_COLOURS = (
+    (230, 60, 60), (60, 160, 240), (70, 200, 90), (250, 190, 40), (180, 90, 230), (60, 210, 210), (245, 130, 190),
+    (160, 120, 60),
+)  # fmt: skip
+MIN_PICTURE_SIDE = 256
+SHOWN_SCORE = 0.5
+_MARGIN = 4
+
+
+def draw_objects(
+    image: UInt8Array,
+    masks: npt.NDArray[np.bool_],
+    boxes: npt.NDArray[np.float32],
+    labels: Sequence[str],
+    colours: Sequence[int],
+) -> Image.Image:
+    """An image with masks laid over it, outlined boxes and labels; small images are enlarged.
+
+    Args:
+        image: (H, W, 3) RGB.
+        masks: (N, H, W); N may be 0.
+        boxes: (N, 4) xyxy in pixels of the image.
+        labels: N texts.
+        colours: N numbers; equal ones get the same colour.
+    """
+    shown = image.astype(np.float32)
+    for mask, colour in zip(masks, colours, strict=True):
+        shown[mask] = 0.5 * shown[mask] + 0.5 * np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.float32)
+    factor = max(1, -(-MIN_PICTURE_SIDE // min(image.shape[:2])))
+    picture = Image.fromarray(shown.astype(np.uint8))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    for box, label, colour in zip(boxes, labels, colours, strict=True):
+        x0, y0, x1, y1 = (float(number) * factor for number in box)
+        paint = _COLOURS[colour % len(_COLOURS)]
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=paint)
+        if label:
+            place = draw.textbbox((x0 + 1, y0), label)
+            draw.rectangle(place, fill=(0, 0, 0))
+            draw.text((x0 + 1, y0), label, fill=paint)
+    return picture
+
+
+def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_names: Sequence[str]) -> bytes:
+    """Ground truth on the left, detections with a score of at least 0.5 on the right, a line for each row.
+
+    Args:
+        rows: rows of the shards with their detections in original pixels; at least one.
+        class_names: of classes 1..C-1.
+
+    Returns:
+        A PNG file.
+    """
+    lines = []
+    for values, detections in rows:
+        image = np.asarray(
+            Image.fromarray(values["image"].reshape(values["image_height"], values["image_width"], 3)).resize(
+                (values["width"], values["height"])
+            )
+        )
+        lines.append(
+            (_ground_truth_picture(image, values, class_names), _found_picture(image, detections, class_names))
+        )
+    width = max(left.width + right.width for left, right in lines) + 3 * _MARGIN
+    title = 16
+    height = sum(max(left.height, right.height) + _MARGIN for left, right in lines) + _MARGIN + title
+    sheet = Image.new("RGB", (width, height), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, 2), "ground truth", fill=(0, 0, 0))
+    draw.text((lines[0][0].width + 2 * _MARGIN, 2), f"predicted (score >= {SHOWN_SCORE})", fill=(0, 0, 0))
+    top = title + _MARGIN
+    for left, right in lines:
+        sheet.paste(left, (_MARGIN, top))
+        sheet.paste(right, (left.width + 2 * _MARGIN, top))
+        top += max(left.height, right.height) + _MARGIN
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _label(name: str, score: float | None, class_names: Sequence[str]) -> str:
+    """With a single class its name on every object would only hide the picture."""
+    shown = "" if len(class_names) == 1 else name
+    return shown if score is None else f"{shown} {score:.2f}".strip()
+
+
+def _ground_truth_picture(image: UInt8Array, values: dict[str, Any], class_names: Sequence[str]) -> Image.Image:
+    boxes = values["mask_boxes"].reshape(-1, 4)
+    masks = np.zeros((len(boxes), *image.shape[:2]), dtype=bool)
+    offset = 0
+    for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
+        end = offset + num_mask_bytes(bottom - top, right - left)
+        mask[top:bottom, left:right] = unpack_mask(values["mask_bits"][offset:end], bottom - top, right - left)
+        offset = end
+    classes = values["classes"].tolist()
+    labels = [_label(class_names[class_id - 1], None, class_names) for class_id in classes]
+    return draw_objects(image, masks, boxes.astype(np.float32), labels, _colours(classes, class_names))
+
+
+def _found_picture(image: UInt8Array, detections: Detections, class_names: Sequence[str]) -> Image.Image:
+    sure = detections.scores >= SHOWN_SCORE
+    chosen = Detections(
+        *(getattr(detections, name)[sure] for name in ("boxes", "scores", "classes", "mask_probabilities"))
+    )
+    masks = paste_masks(chosen, image.shape[0], image.shape[1])
+    classes = chosen.classes.tolist()
+    labels = [
+        _label(class_names[class_id - 1], score, class_names)
+        for class_id, score in zip(classes, chosen.scores.tolist(), strict=True)
+    ]
+    return draw_objects(image, masks, chosen.boxes.cpu().numpy(), labels, _colours(classes, class_names))
+
+
+def _colours(classes: Sequence[int], class_names: Sequence[str]) -> list[int]:
+    """By class, or one for each object where there is a single class."""
+    return list(range(len(classes))) if len(class_names) == 1 else list(classes)

@@ -1,0 +1,118 @@
+"""A run = a folder below storage_path + an MLflow run; the same command again goes on with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import ExperimentConfig
+from pipeline.errors import UserError
+from pipeline.tracking import flatten
+
+RUN_FILE, RESULT_FILE = "run.json", "result.json"
+
+MAY_CHANGE = (
+    "train.epochs",
+    "train.max_steps",
+    "train.evaluate_every_epochs",
+    "train.log_every_steps",
+    "train.batch_size_per_worker",  # together with the workers, see `check_unchanged`
+    "scaling.",
+    "checkpoints.",
+    "data.root",  # where the same data lie is checked by their digest
+    "data.shards",
+    "data.object_store_megabytes",
+    "run.",
+)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run folder says of the run."""
+
+    config: dict[str, Any]
+    """The resolved configuration it was begun with."""
+    training_digest: str
+    """Of the training shards."""
+    validation_digest: str
+    mlflow_run_id: str | None
+
+
+def run_folder(config: ExperimentConfig) -> str:
+    """Absolute path or URL."""
+    return storage.join(storage.absolute(config.run.storage_path), config.run.name)
+
+
+def read_run(folder: str) -> RunState | None:
+    """State of a run, None where it was never begun.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    content = _read_json(storage.join(folder, RUN_FILE))
+    return RunState(**content) if content is not None else None
+
+
+def write_run(folder: str, state: RunState) -> None:
+    """Write the state of a run."""
+    storage.write_bytes(storage.join(folder, RUN_FILE), json.dumps(asdict(state), indent=1).encode())
+
+
+def read_result(folder: str) -> dict[str, Any] | None:
+    """Summary of a finished run, None where it has not finished."""
+    return _read_json(storage.join(folder, RESULT_FILE))
+
+
+def write_result(folder: str, summary: dict[str, Any]) -> None:
+    """Write the summary that tells a run is finished."""
+    storage.write_bytes(storage.join(folder, RESULT_FILE), json.dumps(summary, indent=1).encode())
+
+
+def check_unchanged(state: RunState, config: ExperimentConfig, folder: str) -> None:
+    """Refuse to go on with another configuration than the run was begun with.
+
+    Raises:
+        UserError: with every difference.
+    """
+    before, after = flatten(state.config), flatten(config.model_dump(mode="json"))
+    changes = [
+        f"{key} {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    old_size = ExperimentConfig.model_validate(state.config).global_batch_size
+    if old_size != config.global_batch_size:
+        changes.append(
+            f"global batch (train.batch_size_per_worker * scaling.num_workers) {old_size} -> {config.global_batch_size}"
+        )
+    if changes:
+        raise UserError(
+            f"{folder}: was begun with another configuration: {'; '.join(changes)}. "
+            "Take the change back, or begin a new run with --run.name"
+        )
+
+
+def check_same_data(state: RunState, training_digest: str, validation_digest: str, folder: str) -> None:
+    """Refuse to go on with other data than the run was begun with.
+
+    Raises:
+        UserError: which of them differs.
+    """
+    for name, before, after in (
+        ("training", state.training_digest, training_digest),
+        ("validation", state.validation_digest, validation_digest),
+    ):
+        if before != after:
+            raise UserError(f"{folder}: was begun on other {name} data; begin a new run with --run.name")
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); begin a new run with --run.name") from error
+    return content

@@ -1,0 +1,148 @@
+"""A training sample: one row of the shards in input pixels, and its way through Arrow into a Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from model.structures import Batch
+from pipeline.preprocess import UInt8Array, num_mask_bytes
+
+MIN_GROUND_TRUTH_SLOTS = 8
+"""Slots are a power of two and at least these, so that few shapes occur."""
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("row", pa.int64()),
+        ("random_key", pa.int64()),
+        ("source", pa.int32()),
+        ("canvas_height", pa.int32()),
+        ("canvas_width", pa.int32()),
+        ("image_height", pa.int32()),
+        ("image_width", pa.int32()),
+        ("image", pa.large_binary()),
+        ("classes", pa.list_(pa.int32())),
+        ("is_crowd", pa.list_(pa.bool_())),
+        ("boxes", pa.list_(pa.float32())),
+        ("mask_boxes", pa.list_(pa.float32())),
+        ("mask_sizes", pa.list_(pa.int32())),
+        ("mask_bits", pa.large_binary()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its objects; N may be 0. Boxes are xyxy in input pixels."""
+
+    image: UInt8Array
+    """(h, w, 3)."""
+    classes: npt.NDArray[np.int32]
+    """(N,) 1..C-1."""
+    is_crowd: npt.NDArray[np.bool_]
+    """(N,)."""
+    boxes: npt.NDArray[np.float32]
+    """(N, 4)."""
+    mask_boxes: npt.NDArray[np.float32]
+    """(N, 4) what the mask bits cover."""
+    mask_sizes: npt.NDArray[np.int32]
+    """(N, 2) rows and columns of mask bits, original resolution."""
+    mask_bits: UInt8Array
+    """Bits of all masks, each from a new byte on."""
+
+
+def sample_from_row(values: Mapping[str, Any]) -> Sample:
+    """A row of the shards in input pixels, nothing changed."""
+    height, width = values["image_height"], values["image_width"]
+    scale = np.array([width / values["width"], height / values["height"]] * 2)
+    bboxes = values["bboxes"].reshape(-1, 4)
+    boxes = np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1) * scale
+    boxes = np.clip(boxes, 0, [width, height, width, height])
+    mask_boxes = values["mask_boxes"].reshape(-1, 4)
+    return Sample(
+        image=values["image"].reshape(height, width, 3),
+        classes=values["classes"],
+        is_crowd=values["is_crowd"].astype(bool),
+        boxes=boxes.astype(np.float32),
+        mask_boxes=(mask_boxes * scale).astype(np.float32),
+        mask_sizes=np.stack([mask_boxes[:, 3] - mask_boxes[:, 1], mask_boxes[:, 2] - mask_boxes[:, 0]], axis=1),
+        mask_bits=values["mask_bits"],
+    )
+
+
+def mask_offsets(mask_sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """(N + 1,) first byte of every mask, and the end of the last."""
+    sizes = [num_mask_bytes(int(height), int(width)) for height, width in mask_sizes.reshape(-1, 2)]
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def sample_to_values(sample: Sample) -> dict[str, Any]:
+    """The sample's part of a row of `SAMPLE_SCHEMA`."""
+    return {
+        "image_height": sample.image.shape[0],
+        "image_width": sample.image.shape[1],
+        "image": sample.image.tobytes(),
+        "classes": sample.classes,
+        "is_crowd": sample.is_crowd,
+        "boxes": sample.boxes.ravel(),
+        "mask_boxes": sample.mask_boxes.ravel(),
+        "mask_sizes": sample.mask_sizes.ravel(),
+        "mask_bits": sample.mask_bits.tobytes(),
+    }
+
+
+def collate(rows: Sequence[Mapping[str, Any]], active_classes: npt.NDArray[np.bool_]) -> Batch:
+    """Rows of `SAMPLE_SCHEMA` on one canvas to a Batch on the CPU.
+
+    Args:
+        rows: at least one, all of the same canvas.
+        active_classes: (sources, C) see `Manifest.active_classes`.
+    """
+    canvas = (rows[0]["canvas_height"], rows[0]["canvas_width"])
+    if any((row["canvas_height"], row["canvas_width"]) != canvas for row in rows):
+        raise AssertionError("a step mixes canvases")
+    num_images = len(rows)
+    most = max(MIN_GROUND_TRUTH_SLOTS, *(len(row["classes"]) for row in rows))
+    slots = 1 << (most - 1).bit_length()
+    images = np.zeros((num_images, *canvas, 3), dtype=np.uint8)
+    classes = np.zeros((num_images, slots), dtype=np.int64)
+    is_crowd = np.zeros((num_images, slots), dtype=bool)
+    boxes = np.zeros((num_images, slots, 4), dtype=np.float32)
+    mask_boxes = np.zeros((num_images, slots, 4), dtype=np.float32)
+    mask_sizes = np.zeros((num_images, slots, 2), dtype=np.int64)
+    offsets = np.zeros((num_images, slots), dtype=np.int64)
+    mask_bits: list[UInt8Array] = []
+    first_byte = 0
+    for index, row in enumerate(rows):
+        height, width, number = row["image_height"], row["image_width"], len(row["classes"])
+        images[index, :height, :width] = np.frombuffer(row["image"], dtype=np.uint8).reshape(height, width, 3)
+        classes[index, :number] = row["classes"]
+        is_crowd[index, :number] = row["is_crowd"]
+        boxes[index, :number] = np.asarray(row["boxes"]).reshape(-1, 4)
+        mask_boxes[index, :number] = np.asarray(row["mask_boxes"]).reshape(-1, 4)
+        mask_sizes[index, :number] = np.asarray(row["mask_sizes"]).reshape(-1, 2)
+        ends = mask_offsets(mask_sizes[index, :number].astype(np.int32))
+        offsets[index, :number] = first_byte + ends[:-1]
+        first_byte += int(ends[-1])
+        mask_bits.append(np.frombuffer(row["mask_bits"], dtype=np.uint8))
+    mask_bits.append(np.zeros(1, dtype=np.uint8))  # never empty: index 0 stands for "no bit"
+    return Batch(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        image_sizes=torch.tensor([[row["image_height"], row["image_width"]] for row in rows], dtype=torch.int64),
+        boxes=torch.from_numpy(boxes),
+        classes=torch.from_numpy(classes),
+        is_crowd=torch.from_numpy(is_crowd),
+        mask_boxes=torch.from_numpy(mask_boxes),
+        mask_sizes=torch.from_numpy(mask_sizes),
+        mask_offsets=torch.from_numpy(offsets),
+        mask_bits=torch.from_numpy(np.concatenate(mask_bits)),
+        active_class_ids=torch.from_numpy(active_classes[[row["source"] for row in rows]]),
+        random_keys=torch.tensor([row["random_key"] for row in rows], dtype=torch.int64),
+    )

@@ -1,0 +1,93 @@
+"""Paths and URLs: the same calls for a local folder and a bucket (pyarrow file systems)."""
+
+from __future__ import annotations
+
+import os
+
+from pyarrow import fs as arrow_fs
+
+from pipeline.errors import UserError
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a bucket (`s3://...`) rather than a local folder."""
+    return "://" in path
+
+
+def absolute(path: str, root: str = ".") -> str:
+    """Absolute form of a path or URL; a relative one lies below root."""
+    if is_url(path):
+        return path
+    return join(root, path) if is_url(root) else os.path.abspath(os.path.join(os.path.expanduser(root), path))
+
+
+def join(folder: str, name: str) -> str:
+    """A file in a folder, for paths and URLs alike."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def open_filesystem(path: str) -> tuple[arrow_fs.FileSystem, str]:
+    """File system of an absolute path or URL, and the path in its terms.
+
+    Raises:
+        UserError: the URL names no file system that pyarrow knows.
+    """
+    if not is_url(path):
+        return arrow_fs.LocalFileSystem(), os.path.abspath(path)
+    try:
+        filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}") from error
+    return filesystem, inner
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of this name."""
+    filesystem, inner = open_filesystem(path)
+    return bool(filesystem.get_file_info(inner).type != arrow_fs.FileType.NotFound)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    filesystem, inner = open_filesystem(path)
+    with filesystem.open_input_file(inner) as file:
+        return bytes(file.read())
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a file whole: a reader sees the old content or the new one, never a part."""
+    filesystem, inner = open_filesystem(path)
+    if is_url(path):  # object stores show an object when its upload is complete
+        with filesystem.open_output_stream(inner) as file:
+            file.write(content)
+        return
+    os.makedirs(os.path.dirname(inner), exist_ok=True)
+    partial = f"{inner}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as local_file:
+            local_file.write(content)
+            local_file.flush()
+            os.fsync(local_file.fileno())
+        os.replace(partial, inner)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def list_files(folder: str) -> set[str]:
+    """Paths, relative to a folder, of all files below it; empty where there is no such folder."""
+    filesystem, inner = open_filesystem(folder)
+    selector = arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True)
+    prefix = len(inner.rstrip("/")) + 1
+    return {info.path[prefix:] for info in filesystem.get_file_info(selector) if info.type == arrow_fs.FileType.File}
+
+
+def delete_folder(folder: str) -> None:
+    """Remove a folder with all that is in it; nothing where there is none."""
+    if exists(folder):
+        filesystem, inner = open_filesystem(folder)
+        filesystem.delete_dir(inner)

@@ -1,0 +1,261 @@
+"""The stream: a planned order of rows, the same on any number of workers.
+
+Epoch e has an order drawn from (seed, e): shards shuffled, then rows within windows of shards. The run is the
+concatenation of its epochs; step s takes the positions s * G to (s + 1) * G of it, G the global batch. Batches may span
+epochs; nothing is padded and nothing dropped. Where there are several canvases, rows of a canvas gather until they fill
+a step, across epochs. A place in the stream is one number, the step.
+
+Ray Data reads and augments: one block holds the rows of some consecutive steps of one worker. With `preserve_order`,
+block b reaches worker b mod W; nothing in Ray promises it, so every row carries its position and the worker checks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from model.structures import Batch
+from pipeline.augment import augment
+from pipeline.config import AugmentSettings
+from pipeline.sample import SAMPLE_SCHEMA, collate, sample_from_row, sample_to_values
+from pipeline.shards import ShardSet
+
+Int64Array = npt.NDArray[np.int64]
+
+MAX_STEPS_PER_BLOCK = 50
+MAX_BLOCK_BYTES = 32 * 1024 * 1024
+_PLAN_SCHEMA = pa.schema([("position", pa.int64()), ("epoch", pa.int64()), ("row", pa.int64())])
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which row every worker sees in every step, as a function of the seed alone."""
+
+    row_canvases: Int64Array
+    """(num_rows,) canvas of every row."""
+    rows_per_shard: int
+    shuffle_window: int
+    """Shards whose rows are shuffled together."""
+    global_batch_size: int
+    """G."""
+    seed: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self.row_canvases)
+
+    def steps_of_epochs(self, epochs: float) -> int:
+        """Steps after which the given number of epochs has been seen in full."""
+        return math.ceil(round(epochs * self.num_rows, 6) / self.global_batch_size)
+
+    def epoch_order(self, epoch: int) -> Int64Array:
+        """(num_rows,) rows of one epoch in their order: a permutation, drawn from (seed, epoch)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        shards = rng.permutation(math.ceil(self.num_rows / self.rows_per_shard))
+        windows = []
+        for start in range(0, len(shards), self.shuffle_window):
+            first_rows = shards[start : start + self.shuffle_window, None] * self.rows_per_shard
+            rows = (first_rows + np.arange(self.rows_per_shard)).ravel()
+            windows.append(rng.permutation(rows[rows < self.num_rows]))
+        return np.concatenate(windows)
+
+    def steps(self, first_step: int, last_step: int) -> Iterator[tuple[int, Int64Array, Int64Array]]:
+        """Step, epochs (G,) and rows (G,) for first_step <= step < last_step; all rows of a step share a canvas."""
+        step, epoch = 0, 0
+        waiting: dict[int, tuple[Int64Array, Int64Array]] = {}  # canvas to epochs and rows that fill no step yet
+        while step < last_step:
+            for epochs, rows in self._full_steps(epoch, waiting):
+                if first_step <= step < last_step:
+                    yield step, epochs, rows
+                step += 1
+            epoch += 1
+
+    def _full_steps(
+        self, epoch: int, waiting: dict[int, tuple[Int64Array, Int64Array]]
+    ) -> list[tuple[Int64Array, Int64Array]]:
+        """Steps that fill up in the course of one epoch, in the order in which they do; `waiting` is carried on."""
+        order = self.epoch_order(epoch)
+        size = self.global_batch_size
+        filled: list[tuple[int, Int64Array, Int64Array]] = []
+        for canvas in np.unique(self.row_canvases):
+            places = np.flatnonzero(self.row_canvases[order] == canvas)
+            nothing = np.empty(0, dtype=np.int64)
+            old_epochs, old_rows = waiting.get(int(canvas), (nothing, nothing))
+            epochs = np.concatenate([old_epochs, np.full(len(places), epoch, dtype=np.int64)])
+            rows = np.concatenate([old_rows, order[places]])
+            num_steps = len(rows) // size
+            for index in range(num_steps):
+                part = slice(index * size, (index + 1) * size)
+                last_place = int(places[(index + 1) * size - 1 - len(old_rows)])
+                filled.append((last_place, epochs[part], rows[part]))
+            waiting[int(canvas)] = (epochs[num_steps * size :], rows[num_steps * size :])
+        filled.sort(key=lambda entry: entry[0])
+        return [(epochs, rows) for _, epochs, rows in filled]
+
+
+def planned_blocks(
+    plan: StreamPlan, first_step: int, last_step: int, num_workers: int, steps_per_block: int
+) -> list[Any]:
+    """The plan as Arrow tables, block b for worker b mod W; their number is a multiple of W.
+
+    Args:
+        plan: order.
+        first_step: where to begin.
+        last_step: first step not to take.
+        num_workers: W; divides the global batch.
+        steps_per_block: steps of one worker in a block; the last blocks may hold fewer.
+    """
+    size = plan.global_batch_size // num_workers
+    if size * num_workers != plan.global_batch_size:
+        raise ValueError(f"a global batch of {plan.global_batch_size} does not divide by {num_workers} workers")
+    blocks: list[Any] = []
+    chunk: list[tuple[int, Int64Array, Int64Array]] = []
+
+    def close_chunk() -> None:
+        for worker in range(num_workers if chunk else 0):
+            mine = slice(worker * size, (worker + 1) * size)
+            positions = [np.arange(plan.global_batch_size)[mine] + s * plan.global_batch_size for s, _, _ in chunk]
+            columns = [
+                np.concatenate(positions),
+                np.concatenate([epochs[mine] for _, epochs, _ in chunk]),
+                np.concatenate([rows[mine] for _, _, rows in chunk]),
+            ]
+            blocks.append(pa.table(columns, schema=_PLAN_SCHEMA))
+        chunk.clear()
+
+    for step in plan.steps(first_step, last_step):
+        chunk.append(step)
+        if len(chunk) == steps_per_block:
+            close_chunk()
+    close_chunk()
+    return blocks
+
+
+def steps_per_block(canvases: tuple[tuple[int, int], ...], batch_size_per_worker: int) -> int:
+    """As many steps as keep a block small: Ray Data splits large blocks, which would break the order."""
+    largest = max(height * width * 3 for height, width in canvases) * batch_size_per_worker
+    return int(np.clip(MAX_BLOCK_BYTES // largest, 1, MAX_STEPS_PER_BLOCK))
+
+
+def random_key(seed: int, epoch: int, row: int) -> int:
+    """What the draws of the model for a row in an epoch are a function of: 63 bits."""
+    return int(np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@lru_cache(maxsize=2)
+def _open_shards(folder: str, manifest_digest: str) -> ShardSet:
+    """Shards of a folder; a process reads a manifest once."""
+    shards = ShardSet(folder)
+    if shards.manifest.digest != manifest_digest:
+        raise RuntimeError(f"{folder}: the shards were prepared anew while a training reads them")
+    return shards
+
+
+@dataclass(frozen=True)
+class LoadBlock:
+    """Ray Data task: a block of the plan to a block of `SAMPLE_SCHEMA`, row for row."""
+
+    folder: str
+    """Shards."""
+    manifest_digest: str
+    """Of the shards that the plan was made for."""
+    augment_settings: AugmentSettings
+    seed: int
+
+    def __call__(self, table: Any) -> Any:
+        """Read, augment and lay out the planned rows."""
+        shards = _open_shards(self.folder, self.manifest_digest)
+        rows = [self.load(shards, *planned) for planned in zip(*table.to_pydict().values(), strict=True)]
+        return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+
+    def load(self, shards: ShardSet, position: int, epoch: int, row: int) -> dict[str, Any]:
+        """One planned row, a function of (seed, epoch, row)."""
+        values = shards.read_row(row)
+        rng = np.random.default_rng([self.seed, epoch, row])
+        sample = augment(sample_from_row(values), self.augment_settings, rng)
+        canvas_height, canvas_width = shards.manifest.canvases[values["canvas"]]
+        return {
+            "position": position,
+            "row": row,
+            "random_key": random_key(self.seed, epoch, row),
+            "source": values["source"],
+            "canvas_height": canvas_height,
+            "canvas_width": canvas_width,
+            **sample_to_values(sample),
+        }
+
+
+def split_stream(blocks: list[Any], load: LoadBlock, num_workers: int, cpus: float, object_store_bytes: int) -> Any:
+    """One iterator a worker over the loaded blocks; they can be sent to other processes.
+
+    Args:
+        blocks: from `planned_blocks`, at least one.
+        load: what turns them into samples.
+        num_workers: W.
+        cpus: CPUs that loading may take in the whole cluster.
+        object_store_bytes: bound of what waits for the workers; an ordered stream fills up behind a slow task.
+    """
+    import ray.data
+
+    dataset = ray.data.from_arrow(blocks).map_batches(load, batch_size=None, batch_format="pyarrow")
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ray.data.ExecutionResources(cpu=cpus, object_store_memory=object_store_bytes)
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    return dataset.streaming_split(num_workers, equal=False)
+
+
+@dataclass(frozen=True)
+class PlannedBatches:
+    """Batches of one worker, each checked against the plan."""
+
+    iterator: Any
+    """From `split_stream`."""
+    active_classes: npt.NDArray[np.bool_]
+    """(sources, C) see `Manifest.active_classes`."""
+    first_step: int
+    last_step: int
+    worker: int
+    """Rank of this worker."""
+    batch_size_per_worker: int
+    num_workers: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One batch for each step from first_step to last_step.
+
+        Raises:
+            RuntimeError: Ray Data delivered rows of another place in the plan, or too few.
+        """
+        size, step = self.batch_size_per_worker, self.first_step
+        for table in self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
+            first = (step * self.num_workers + self.worker) * size
+            positions = table["position"].to_pylist()
+            if positions != list(range(first, first + size)):
+                raise RuntimeError(f"worker {self.worker}, step {step}: rows of positions {positions}, not {first} on")
+            yield collate(table_rows(table), self.active_classes)
+            step += 1
+        if step != self.last_step:
+            raise RuntimeError(f"worker {self.worker}: the stream ended before step {step}, not {self.last_step}")
+
+
+def table_rows(table: Any) -> list[Mapping[str, Any]]:
+    """Rows of an Arrow table: numbers, arrays for lists, buffers for bytes, without copying the pixels."""
+    columns: dict[str, list[Any]] = {}
+    for field in table.schema:
+        column = table[field.name].combine_chunks()
+        if pa.types.is_large_binary(field.type):
+            columns[field.name] = [value.as_buffer() for value in column]
+        elif pa.types.is_list(field.type):
+            columns[field.name] = [value.values.to_numpy(zero_copy_only=False) for value in column]
+        else:
+            columns[field.name] = column.to_pylist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

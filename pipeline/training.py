@@ -1,0 +1,104 @@
+"""One step of training, without Ray: what a worker does between two batches, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.config import LossConfig
+from model.losses import LOSS_NAMES
+from model.structures import Batch
+from pipeline.config import ExperimentConfig
+from pipeline.optim import learning_rate, set_learning_rate
+
+STEP_METRICS = ("loss", *LOSS_NAMES, "gradient_norm")
+"""Order of the numbers that `train_step` returns."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient is NaN or infinite."""
+
+
+def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
+    """Type that the forward pass computes in, None for fp32.
+
+    Args:
+        precision: "fp32", "bf16", or "auto": bf16 where the processor has instructions for it; elsewhere it is slow.
+        device_type: "cpu" or "cuda".
+    """
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # Younger than the oldest torch that this file runs on; without it the safe answer is fp32.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
+
+
+def autocast(dtype: torch.dtype | None, device_type: str) -> torch.autocast:
+    """Context of a forward pass in this type; None switches it off."""
+    return torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def total_loss(losses: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
+    """Weighted sum of the five losses."""
+    return torch.stack([losses[name] * getattr(weights, name) for name in LOSS_NAMES]).sum()
+
+
+def train_step(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    config: ExperimentConfig,
+    step: int,
+    total_steps: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Forward, backward, clip, update.
+
+    Args:
+        model: `MaskRCNN`, alone or in DistributedDataParallel, in training mode.
+        batch: on the model's device.
+        optimizer: from `build_optimizer`.
+        config: loss weights, schedule, clipping.
+        step: number of this step.
+        total_steps: of the whole training.
+        dtype: see `autocast_dtype`.
+
+    Returns:
+        (7,) float32 on the device, in the order of `STEP_METRICS`: the sum, the five losses without weights, and the
+        norm of the gradient before clipping. Not fetched, so that a GPU need not be waited for.
+    """
+    set_learning_rate(optimizer, learning_rate(step, total_steps, config.optim))
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(dtype, batch.images.device.type):
+        losses = model(batch)
+    loss = total_loss(losses, config.model.losses)
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.gradient_clip_norm)
+    optimizer.step()
+    return torch.stack([loss.detach(), *(losses[name].detach() for name in LOSS_NAMES), gradient_norm.detach()])
+
+
+def check_finite(values: Sequence[float], step: int) -> None:
+    """Stop a training that has gone astray.
+
+    Args:
+        values: of one step, in the order of `STEP_METRICS`.
+        step: its number.
+
+    Raises:
+        NonFiniteLossError: names the step and every number that is not finite.
+    """
+    bad = [f"{name} = {value}" for name, value in zip(STEP_METRICS, values, strict=True) if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteLossError(
+            f"step {step}: {', '.join(bad)}; lower optim.learning_rate or optim.gradient_clip_norm, "
+            "or lengthen optim.warmup_steps"
+        )

@@ -1,0 +1,330 @@
+"""What each training process does: restore, step, log, evaluate, checkpoint (a Ray Train worker)."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from model.mask_rcnn import MaskRCNN
+from pipeline.checkpoint import (
+    Description,
+    check_same_classes,
+    load_model_state,
+    load_optimizer_state,
+    read_description,
+    write_checkpoint,
+)
+from pipeline.config import ExperimentConfig
+from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
+from pipeline.optim import build_optimizer, learning_rate
+from pipeline.prepare import PreparedData
+from pipeline.report import draw_comparison
+from pipeline.shards import ShardSet
+from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
+from pipeline.tracking import NAMESPACE
+from pipeline.training import STEP_METRICS, autocast_dtype, check_finite, train_step
+
+NUM_PICTURES = 4
+EVALUATION_BATCH_SIZE = 8
+
+
+def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
+    """Order of the training rows."""
+    return StreamPlan(
+        shards.manifest.row_canvases(),
+        config.data.rows_per_shard,
+        config.data.shuffle_window,
+        config.global_batch_size,
+        config.train.seed,
+    )
+
+
+def total_steps(config: ExperimentConfig, plan: StreamPlan) -> int:
+    """Steps of the whole training."""
+    steps = plan.steps_of_epochs(config.train.epochs)
+    return min(steps, config.train.max_steps) if config.train.max_steps is not None else steps
+
+
+def evaluation_steps(config: ExperimentConfig, plan: StreamPlan) -> set[int]:
+    """Steps after which the model is evaluated: at ends of epochs, and at the last."""
+    last = total_steps(config, plan)
+    every = config.train.evaluate_every_epochs
+    steps, epoch = {last}, every
+    while plan.steps_of_epochs(epoch) < last:
+        steps.add(plan.steps_of_epochs(epoch))
+        epoch += every
+    return steps
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train from the latest checkpoint of the run to its last step.
+
+    Args:
+        settings: config (as from `model_dump`), training and validation (folders of shards), tracker (actor name),
+            cpus_for_data.
+
+    Returns:
+        On rank 0, the summary of the training: steps, images_per_second and the metrics of the last evaluation.
+    """
+    worker = Worker(settings)
+    worker.restore()
+    worker.train()
+    return worker.summary()
+
+
+@dataclass
+class _Pace:
+    """Time since the last time that metrics were fetched."""
+
+    started: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    steps: int = 0
+
+
+class Worker:
+    """State of one training process; rank 0 also logs and writes."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.config = ExperimentConfig.model_validate(settings["config"])
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.config.scaling.cpus_per_worker)
+        self.data = PreparedData(settings["training"], settings["validation"])
+        self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
+        self.cpus_for_data: float = settings["cpus_for_data"]
+        self.tracker = ray.get_actor(settings["tracker"], namespace=NAMESPACE) if self.rank == 0 else None
+
+        self.plan = make_plan(self.config, self.shards)
+        self.last_step = total_steps(self.config, self.plan)
+        self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
+        torch.manual_seed(self.config.train.seed)  # initial weights; all later draws are functions of the plan
+        self.model = MaskRCNN(self.config.model, self.shards.manifest.num_classes)
+        self.model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.images_trained, self.seconds_trained = 0, 0.0
+        self.gloo = self._object_group()
+
+    def restore(self) -> None:
+        """Go on from the latest checkpoint that Ray Train knows of, if there is one."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            description = read_description(folder)
+            check_same_classes(description, list(self.shards.manifest.class_names), folder)
+            load_model_state(folder, self.model)
+            load_optimizer_state(folder, self.optimizer)
+        self.step, self.metrics = description.step, description.metrics
+
+    def train(self) -> None:
+        """Step through the rest of the plan."""
+        if self.step >= self.last_step:
+            return
+        import ray.train.torch
+
+        parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
+        parallel.train()
+        evaluations = evaluation_steps(self.config, self.plan)
+        checkpointed_at = time.monotonic()
+        fetched: list[Tensor] = []
+        pace = _Pace()
+        batches = iter(self._stream())
+        while self.step < self.last_step:
+            waiting_since = time.monotonic()
+            batch = next(batches)
+            if self.device.type == "cuda":
+                batch = batch.pin_memory().to(self.device)
+            pace.waited += time.monotonic() - waiting_since
+            fetched.append(
+                train_step(parallel, batch, self.optimizer, self.config, self.step, self.last_step, self.dtype)
+            )
+            self.step += 1
+            pace.steps += 1
+            evaluate_now = self.step in evaluations
+            if not evaluate_now and self.step % self.config.train.log_every_steps:
+                continue
+            overdue = time.monotonic() - checkpointed_at > self.config.checkpoints.every_minutes * 60
+            checkpoint_now = self._log_steps(fetched, pace, overdue)
+            if evaluate_now:
+                self._evaluate()
+            if evaluate_now or checkpoint_now:
+                self._checkpoint(evaluated=evaluate_now)
+                checkpointed_at = time.monotonic()
+            fetched, pace = [], _Pace()
+        if next(batches, None) is not None:
+            raise RuntimeError("the stream goes on after the last step")
+
+    def summary(self) -> dict[str, Any]:
+        """Result of the training."""
+        pace = self.images_trained / self.seconds_trained if self.seconds_trained else 0.0
+        return {"steps": self.step, "images_per_second": round(pace, 2), **self.metrics}
+
+    def _stream(self) -> PlannedBatches:
+        """Rows of this worker from the present step on; rank 0 builds the stream for all.
+
+        Not through `datasets=` of the trainer: only here is it known from which checkpoint the run goes on.
+        """
+        import ray.train.collective
+
+        iterators = None
+        if self.rank == 0:
+            manifest = self.shards.manifest
+            settings = self.config.train
+            per_block = steps_per_block(manifest.canvases, settings.batch_size_per_worker)
+            blocks = planned_blocks(self.plan, self.step, self.last_step, self.num_workers, per_block)
+            load = LoadBlock(self.data.training, manifest.digest, self.config.augment, settings.seed)
+            store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
+            iterators = split_stream(blocks, load, self.num_workers, self.cpus_for_data, store_bytes)
+        iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
+        return PlannedBatches(
+            iterators[self.rank],
+            self.shards.manifest.active_classes(),
+            self.step,
+            self.last_step,
+            self.rank,
+            self.config.train.batch_size_per_worker,
+            self.num_workers,
+        )
+
+    def _log_steps(self, fetched: list[Tensor], pace: _Pace, overdue: bool) -> bool:
+        """Average the metrics of the latest steps over the workers and log them.
+
+        Returns:
+            Whether to write a checkpoint now: rank 0 decides, since clocks differ.
+        """
+        first_step = self.step - len(fetched)
+        values = torch.stack(fetched)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - pace.started
+        self.seconds_trained += seconds
+        self.images_trained += pace.steps * self.config.global_batch_size
+        decision = torch.full((1,), float(overdue and self.rank == 0), device=self.device)
+        if self.num_workers > 1:
+            torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(decision)
+            values /= self.num_workers
+        images_per_second = pace.steps * self.config.global_batch_size / seconds
+        rows = values.tolist()
+        for offset, row in enumerate(rows):
+            check_finite(row, first_step + offset)
+            self._log(
+                first_step + offset + 1,
+                {
+                    **dict(zip(STEP_METRICS, row, strict=True)),
+                    "learning_rate": learning_rate(first_step + offset, self.last_step, self.config.optim),
+                    "images_per_second": images_per_second,
+                    "data_wait_fraction": pace.waited / seconds,
+                },
+            )
+        self._show(dict(zip(STEP_METRICS, rows[-1], strict=True)), images_per_second, pace.waited / seconds)
+        return bool(decision.item() > 0)
+
+    def _evaluate(self) -> None:
+        """COCO AP on the validation rows, shared out among the workers."""
+        if self.tracker is not None:
+            self.tracker.set_progress.remote({**self._place(), "doing": "evaluating"})
+        rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
+        seen = evaluate_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
+        everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
+        if self.num_workers > 1:
+            torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
+        else:
+            everything = [seen]
+        message: list[Any] = [None]
+        if self.rank == 0:
+            assert everything is not None
+            together = [entry for part in everything for entry in part]
+            manifest = self.validation.manifest
+            message = [average_precision(together, manifest.num_rows, manifest.num_classes)]
+        if self.num_workers > 1:
+            torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
+        self.metrics = message[0]
+        self._log(self.step, {**self.metrics, "epoch": self._epoch()})
+        if self.tracker is not None:
+            self.tracker.set_progress.remote({**self._place(), "evaluated": self.metrics})
+            self._draw_pictures()
+
+    def _draw_pictures(self) -> None:
+        """The first validation images with objects, predictions beside ground truth, to MLflow."""
+        with_objects = (row for row in range(len(self.validation)) if len(self.validation.read_row(row)["classes"]))
+        rows = [row for row, _ in zip(with_objects, range(NUM_PICTURES), strict=False)]
+        if not rows or self.tracker is None:
+            return
+        self.model.eval()
+        found = list(predict_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype))
+        self.model.train()
+        picture = draw_comparison(found, self.validation.manifest.class_names)
+        self.tracker.log_picture.remote(picture, f"step-{self.step:07d}.png")
+
+    def _checkpoint(self, evaluated: bool) -> None:
+        """Save the state and wait until it is known to the controller, so that a crash right after does not lose it."""
+        import ray.train
+
+        checkpoint = None
+        if self.rank == 0:
+            folder = tempfile.mkdtemp(prefix="checkpoint-")
+            description = Description(
+                step=self.step,
+                epoch=self._epoch(),
+                metrics=self.metrics if evaluated else {},
+                class_names=list(self.shards.manifest.class_names),
+                manifest_digest=self.shards.manifest.digest,
+                config=self.config.model_dump(mode="json"),
+            )
+            write_checkpoint(folder, self.model, self.optimizer, description)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        score = self.metrics["segm_AP"] if evaluated else -1.0  # what was not evaluated is never the best
+        ray.train.report(
+            {"step": self.step, "segm_AP": score},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"checkpoint-{self.step:07d}",
+            delete_local_checkpoint_after_upload=True,
+        )
+        ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log.remote(step, metrics)
+
+    def _show(self, losses: dict[str, float], images_per_second: float, data_wait_fraction: float) -> None:
+        """Tell the driver where the training is."""
+        if self.tracker is None:
+            return
+        seconds_left = (self.last_step - self.step) * self.config.global_batch_size / images_per_second
+        self.tracker.set_progress.remote(
+            {
+                **self._place(),
+                "losses": losses,
+                "images_per_second": images_per_second,
+                "data_wait_fraction": data_wait_fraction,
+                "seconds_left": seconds_left,
+            }
+        )
+
+    def _place(self) -> dict[str, Any]:
+        return {"step": self.step, "last_step": self.last_step, "epoch": self._epoch()}
+
+    def _epoch(self) -> float:
+        return self.step * self.config.global_batch_size / self.plan.num_rows
+
+    def _object_group(self) -> Any:
+        """Process group that sends Python objects from memory to memory, also where tensors go over NCCL."""
+        if self.num_workers > 1 and self.device.type == "cuda":
+            return torch.distributed.new_group(backend="gloo")
+        return None
