@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import parse, run_job
+from pipeline.command_line import parse, run_job, say
 
 
 def main(arguments: list[str]) -> None:
@@ -27,12 +27,7 @@ def main(arguments: list[str]) -> None:
         cluster.connect(options.debug)
         data = prepare(config, say)
         summary = launch.train(config, data, say)
-    print(json.dumps(summary))
-
-
-def say(line: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(line, flush=True)
+    say(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from model.boxes import box_area
+from model.sparse_roi_align import is_available, sparse_roi_align
 
 SAMPLES_PER_SIDE = 2  # in every bin, so four samples a bin
 
@@ -43,6 +44,8 @@ def pyramid_roi_align(
         (N, channels, pool_size, pool_size) float32: bilinear, `aligned` (half-pixel centres), four samples a bin.
     """
     levels = pyramid_levels(boxes, canonical_size)
+    if is_available(boxes.device):
+        return sparse_roi_align(pyramid, boxes, image_index, levels, pool_size, SAMPLES_PER_SIDE)
     regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)  # (N, 5)
     output = pyramid[0].new_zeros(boxes.shape[0], pyramid[0].shape[1], pool_size, pool_size, dtype=torch.float32)
     for level, features in enumerate(pyramid):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import ExperimentConfig
@@ -38,6 +40,11 @@ def run_job(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)  # noqa: T201 - what a job says to a person
+
+
 def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | None = None) -> SimpleNamespace:
     """Parse a job's command line.
 
@@ -55,7 +62,12 @@ def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | No
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        description=description,
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
+        formatter_class=_help_formatter(),
+        exit_on_error=False,
+    )
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the keys below; may be given repeatedly"
     )
@@ -64,8 +76,9 @@ def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | No
         parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
     for name, field in ExperimentConfig.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
+    print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error))) from error
     values = namespace.as_dict()
@@ -74,7 +87,38 @@ def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | No
         experiment = ExperimentConfig.model_validate(parts)
     except ValidationError as error:
         raise ConfigurationError(explain_validation(error)) from error
+    if print_config:  # not the parser's own, which cannot write lists of sources
+        say(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).rstrip())
+        sys.exit(0)
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **{name: values[name] for name in extra or {}})
+
+
+def _help_formatter() -> type[argparse.HelpFormatter]:
+    """Help that shows types and ranges as a person would write them, and the description as it stands."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _expand_help(self, action: argparse.Action) -> str:
+            text = _plain_types(str(super()._expand_help(action)))
+            return text.replace(
+                ", default:", f"{_range_of(action.dest).replace(' (allowed: ', ', ').rstrip(')')}, default:"
+            )
+
+    return Formatter
+
+
+def _plain_types(text: str) -> str:
+    """`Annotated[float, Ge(ge=0.0)]` as `float`, also nested."""
+    while (start := text.find("Annotated[")) >= 0:
+        depth, first_comma, position = 0, 0, start + len("Annotated[")
+        while depth >= 0:
+            character = text[position]
+            depth += (character in "[(") - (character in "])")
+            if character == "," and depth == 0 and not first_comma:
+                first_comma = position
+            position += 1
+        text = text[:start] + text[start + len("Annotated[") : first_comma] + text[position:]
+    return text
 
 
 def known_keys(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> Iterator[str]:
@@ -94,7 +138,7 @@ def explain(message: str) -> str:
     unknown = (
         re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
         or re.search(r"(?:[Uu]nrecognized arguments?: --|Key \"|Key ')()([\w.]+)", message)
-        or re.search(r"does not accept (?:nested )?(?:key|option)s?()[^\w]*([\w.]+)", message)
+        or re.search(r"Option ()'([\w.]+)' is not accepted", message)
     )
     if unknown:
         return _unknown_key(".".join(filter(None, unknown.groups())))

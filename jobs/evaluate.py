@@ -1,0 +1,42 @@
+"""COCO box and mask AP of a checkpoint on the validation images.
+
+    python jobs/evaluate.py --config configs/demo.yaml --checkpoint demo
+
+The checkpoint is a checkpoint folder, a run (folder, or name in run.storage_path: its best checkpoint), or the id of an
+MLflow run. The last line printed is JSON.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from pipeline.command_line import parse, run_job, say
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, find the checkpoint, prepare, evaluate, print the metrics."""
+    options = parse(__doc__ or "", arguments, {"checkpoint": "what to evaluate"})
+    config = options.experiment
+
+    from pipeline import cluster
+    from pipeline.checkpoint import resolve_checkpoint
+    from pipeline.inference import evaluate_checkpoint
+    from pipeline.prepare import prepare
+
+    folder = resolve_checkpoint(options.checkpoint, config.run.storage_path, config.run.mlflow_uri)
+    cluster.connect(options.debug)
+    data = prepare(config, say)
+    placement = cluster.place_workers(config.scaling, say)
+    started = time.monotonic()
+    metrics = evaluate_checkpoint(config, folder, data, placement)
+    for kind in ("bbox", "segm"):
+        say("  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith(kind)))
+    seconds = round(time.monotonic() - started, 1)
+    say(json.dumps({**{k: round(v, 4) for k, v in metrics.items()}, "seconds": seconds, "checkpoint": folder}))
+
+
+if __name__ == "__main__":
+    run_job(main)

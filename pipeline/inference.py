@@ -1,0 +1,145 @@
+"""Python's door to a trained model: load a checkpoint, predict an image; and a checkpoint's evaluation on a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from model.mask_rcnn import MaskRCNN
+from model.masks import paste_masks
+from model.postprocess import to_original
+from model.structures import Detections
+from pipeline.checkpoint import build_model, check_same_classes, load_model_state, read_description, resolve_checkpoint
+from pipeline.cluster import Placement
+from pipeline.config import ExperimentConfig
+from pipeline.evaluation import EvaluatedRow, average_precision, evaluate_rows, rows_of_worker
+from pipeline.prepare import PreparedData
+from pipeline.preprocess import UInt8Array, choose_canvas, decode_image, resize_image
+from pipeline.shards import ShardSet
+from pipeline.training import autocast, autocast_dtype
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model and what it needs to look at an image."""
+
+    model: MaskRCNN
+    class_names: list[str]
+    """Of classes 1..C-1: `class_names[detections.classes[i] - 1]`."""
+    canvases: tuple[tuple[int, int], ...]
+    precision: str = "auto"
+
+    def predict(self, image: UInt8Array | Image.Image | str | Path) -> Detections:
+        """Find the objects of one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, a Pillow image, or the path of an image file.
+
+        Returns:
+            Detections in original pixels, best score first, perhaps none; `masks` gives their bitmaps.
+
+        Raises:
+            ValueError: an array of another shape or type.
+            ImageProblem: a file that is no image.
+        """
+        pixels = _to_array(image)
+        height, width = pixels.shape[:2]
+        canvas, image_height, image_width = choose_canvas(height, width, self.canvases)
+        images = torch.zeros(1, 3, *self.canvases[canvas], dtype=torch.uint8)
+        resized = torch.from_numpy(np.array(resize_image(pixels, image_height, image_width)))
+        images[0, :, :image_height, :image_width] = resized.permute(2, 0, 1)
+        device = next(self.model.parameters()).device
+        sizes = torch.tensor([[image_height, image_width]], device=device)
+        with autocast(autocast_dtype(self.precision, device.type), device.type):
+            found = self.model.detect(images.to(device), sizes)[0]
+        return to_original(found, (image_height, image_width), (height, width))
+
+    def masks(self, detections: Detections, height: int, width: int) -> npt.NDArray[np.bool_]:
+        """Bitmaps (N, height, width) of detections in an image of this size; N may be 0."""
+        return paste_masks(detections, height, width)
+
+
+def load(
+    checkpoint: str, storage_path: str = "runs", mlflow_uri: str | None = None, device: str | None = None
+) -> Predictor:
+    """Load a trained model.
+
+    Args:
+        checkpoint: a checkpoint folder, a run folder or its name in storage_path, or the id of an MLflow run.
+        storage_path: where runs are.
+        mlflow_uri: tracking server or store of an MLflow run; by default the sqlite file in storage_path.
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+
+    Raises:
+        UserError: no such checkpoint, or a damaged one.
+    """
+    model, description = build_model(resolve_checkpoint(checkpoint, storage_path, mlflow_uri))
+    config = description.experiment()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Predictor(model, description.class_names, config.data.canvases, config.train.precision)
+
+
+def _to_array(image: UInt8Array | Image.Image | str | Path) -> UInt8Array:
+    if isinstance(image, str | Path):
+        return decode_image(Path(image).read_bytes())
+    if isinstance(image, Image.Image):
+        return np.array(image.convert("RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"expected an image of shape (H, W, 3) and type uint8, got {image.shape} and {image.dtype}")
+    return image
+
+
+def evaluate_checkpoint(
+    config: ExperimentConfig, folder: str, data: PreparedData, placement: Placement
+) -> dict[str, float]:
+    """COCO AP of a checkpoint on the validation rows, shared out among tasks of the cluster.
+
+    Args:
+        config: model (thresholds may differ from the training's, the architecture may not), scaling.
+        folder: checkpoint that all nodes reach.
+        data: shards.
+        placement: what a task gets.
+
+    Returns:
+        The numbers of `AP_METRICS`.
+
+    Raises:
+        UserError: a checkpoint of other classes or another architecture.
+    """
+    import ray
+
+    manifest = ShardSet(data.validation).manifest
+    check_same_classes(read_description(folder), list(manifest.class_names), folder)
+    load_model_state(folder, MaskRCNN(config.model, manifest.num_classes))  # here, for a clear error before any task
+    num_tasks = min(config.scaling.num_workers, manifest.num_rows)
+    task = ray.remote(_evaluate_part).options(
+        num_cpus=placement.resources_per_worker["CPU"], num_gpus=placement.resources_per_worker.get("GPU", 0)
+    )
+    dumped = config.model_dump(mode="json")
+    parts = ray.get([task.remote(dumped, folder, data.validation, part, num_tasks) for part in range(num_tasks)])
+    seen = [entry for part in parts for entry in part]
+    return average_precision(seen, manifest.num_rows, manifest.num_classes)
+
+
+def _evaluate_part(
+    dumped: dict[str, Any], folder: str, validation: str, part: int, num_parts: int
+) -> list[EvaluatedRow]:
+    """Ray task: evaluate every num_parts-th row."""
+    config = ExperimentConfig.model_validate(dumped)
+    shards = ShardSet(validation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(config.scaling.cpus_per_worker)
+    model = MaskRCNN(config.model, shards.manifest.num_classes)
+    load_model_state(folder, model)
+    model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    rows = rows_of_worker(len(shards), part, num_parts)
+    return evaluate_rows(model, shards, rows, BATCH_SIZE, autocast_dtype(config.train.precision, device.type))
