@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
         "RAY_AUTH_TOKEN": uuid.uuid4().hex + uuid.uuid4().hex,
         "RAY_ADDRESS": f"http://127.0.0.1:{ports[1]}",
     }
+    print(f"submit: node folder {folder}", flush=True)
     head = _start_head(ports, folder, environment)
     try:
         _wait_for_head(head, ports[1])

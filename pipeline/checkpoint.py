@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -44,8 +46,17 @@ class Description:
     """The resolved `ExperimentConfig`."""
 
     def experiment(self) -> ExperimentConfig:
-        """The configuration, checked."""
-        return ExperimentConfig.model_validate(self.config)
+        """The configuration, checked.
+
+        Raises:
+            UserError: it has keys or values that this version does not know.
+        """
+        try:
+            return ExperimentConfig.model_validate(self.config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"the checkpoint's configuration is of another version: {key}: {first['msg']}") from error
 
 
 def write_checkpoint(
@@ -84,17 +95,21 @@ def read_description(folder: str) -> Description:
         raise UserError(f"{folder}: no checkpoint (there is no {DESCRIPTION_FILE})") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); take another checkpoint") from error
-    version = content.pop("format_version", None)
+    version = content.pop("format_version", None) if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
-    for name, size in content.pop("file_sizes").items():
+    try:
+        sizes, description = dict(content.pop("file_sizes")), Description(**content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__} {error}); take another checkpoint") from error
+    for name, size in sizes.items():
         file_path = os.path.join(folder, name)
         found = os.path.getsize(file_path) if os.path.exists(file_path) else None
         if found != size:
             raise UserError(
                 f"{file_path}: {found} bytes, expected {size}; the checkpoint is not whole, take another one"
             )
-    return Description(**content)
+    return description
 
 
 def load_model_state(folder: str, model: MaskRCNN) -> None:
@@ -129,7 +144,11 @@ def load_optimizer_state(folder: str, optimizer: torch.optim.Optimizer) -> None:
     if not os.path.exists(path):
         raise UserError(f"{folder}: has no {OPTIMIZER_FILE}; it can be predicted with, but not trained on")
     try:
-        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); take another checkpoint") from error
+    try:
+        optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: of another optimiser ({error})") from error
 

@@ -6,11 +6,11 @@ Sizes, boxes and areas here are in original pixels.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline import storage
 from pipeline.config import CocoSource
@@ -150,7 +150,7 @@ def _categories(file: CocoFile) -> dict[int, str]:
     by_id: dict[int, str] = {}
     for category in file.categories:
         category_id, name = category.get("id"), category.get("name")
-        if not isinstance(category_id, int) or not isinstance(name, str) or not name:
+        if not _is_int(category_id) or not isinstance(name, str) or not name:
             raise UserError(f"{file.path}: category {category!r} needs an integer id and a name")
         if category_id in by_id or name in by_id.values():
             raise UserError(f"{file.path}: category id {category_id} or name {name!r} stands there twice")
@@ -248,12 +248,14 @@ def _raise_first(file: CocoFile, problems: list[str]) -> None:
         raise UserError(f"{file.path}: {problems[0]}{more}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number that the shards can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, as a float too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _image_problem(image: Json, images: dict[int, Json]) -> str | None:
@@ -282,9 +284,9 @@ def _annotation_problem(
         return f"annotation {record!r:.100} has no integer id"
     if annotation_id in seen:
         return f"annotation id {annotation_id} stands there twice"
-    if record.get("image_id") not in images:
+    if not _is_int(record.get("image_id")) or record["image_id"] not in images:
         return f"annotation {annotation_id}: image_id {record.get('image_id')!r} is none of the images"
-    if record.get("category_id") not in class_of_category:
+    if not _is_int(record.get("category_id")) or record["category_id"] not in class_of_category:
         return f"annotation {annotation_id}: category_id {record.get('category_id')!r} is none of the categories"
     bbox = record.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(number) for number in bbox):
@@ -299,7 +301,8 @@ def _annotation_problem(
             return f"annotation {annotation_id}: RLE size {size!r} is not that of its image"
         if not isinstance(counts, str) and not (isinstance(counts, list) and all(map(_is_int, counts))):
             return f"annotation {annotation_id}: RLE counts are neither a string nor a list of integers"
-        if isinstance(counts, list) and (min(counts, default=0) < 0 or sum(counts) != image["height"] * image["width"]):
+        lengths = _run_lengths(counts) if isinstance(counts, str) else counts
+        if min(lengths, default=0) < 0 or sum(lengths) != image["height"] * image["width"]:
             return f"annotation {annotation_id}: RLE counts do not add up to the image"
         return None
     if not isinstance(segmentation, list):
@@ -312,11 +315,30 @@ def _annotation_problem(
     return None
 
 
+def _run_lengths(text: str) -> list[int]:
+    """Run lengths of a compressed RLE; empty where it is none. pycocotools itself would read on beyond its end."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        digit = ord(character) - 48  # five bits of the number, and one that says whether more follow
+        if not 0 <= digit < 64:
+            return []
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))  # from the fourth on: differences
+        value = shift = 0
+    return lengths if shift == 0 else []
+
+
 def _reason_to_drop(record: Json, image: Json) -> str | None:
     """Why an annotation can teach nothing."""
     x, y, width, height = record["bbox"]
     if width <= 0 or height <= 0:
-        return f"box of size {width} x {height}"
+        return f"box without size ({width} x {height})"
     if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
         return "box outside the image"
     segmentation = record["segmentation"]
@@ -341,6 +363,6 @@ def _annotation(record: Json, class_of_category: dict[int, int]) -> Annotation:
 
 
 def count_reasons(dropped: Sequence[Dropped]) -> dict[str, int]:
-    """How many annotations were dropped, by the first word of the reason's kind."""
-    kinds = (entry.reason.split(" of size")[0] for entry in dropped)
+    """How many annotations were dropped for each reason, numbers in brackets aside."""
+    kinds = (entry.reason.split(" (")[0] for entry in dropped)
     return dict(sorted(Counter(kinds).items()))

@@ -135,6 +135,11 @@ def known_keys(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> I
 
 def explain(message: str) -> str:
     """The parser's message as one line that names the key and what is allowed."""
+    # An optional group is reported as a key within a key.
+    keys = list(dict.fromkeys(re.findall(r"(?:Parser|Problem with given) key \"([\w.]+)\"", message)))
+    refused = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if refused:
+        return _unknown_key(".".join([*keys, refused[1]]))
     unknown = (
         re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
         or re.search(r"(?:[Uu]nrecognized arguments?: --|Key \"|Key ')()([\w.]+)", message)
@@ -142,11 +147,16 @@ def explain(message: str) -> str:
     )
     if unknown:
         return _unknown_key(".".join(filter(None, unknown.groups())))
-    wrong = re.match(r"(?:Parser|Problem with given) key \"([\w.]+)\":?\s*(.*)", message, flags=re.DOTALL)
+    wrong = re.match(r"(?:Parser|Problem with given) key \"[\w.]+\":?\s*(.*)", message, flags=re.DOTALL)
     if wrong:
-        key, rest = wrong.groups()
-        inputs = re.findall(r"((?:Input|Value|Tuple|Field|Extra|String)\b.*?)(?: \[type=| For further|$)", rest)
-        value = re.search(r"Got value: (.*)$", rest, flags=re.DOTALL)
+        key, rest = ".".join(keys), wrong[1]
+        findings = re.findall(
+            r"(?:\n *(\d+[\w.]*)\n)?\s*((?:Input|Value|Tuple|Field|Extra|String)\b.*?)(?: \[type=| For further|$)", rest
+        )
+        inputs = [f"{place}: {text}" if place else text for place, text in findings]
+        if len(inputs) > 1:  # pydantic also finds a list of bad items too short
+            inputs = [text for text in inputs if not text.startswith("Tuple should have at least")]
+        value = re.search(r"G(?:ot|iven) value: (.*?)(?:\n +- |$)", rest, flags=re.DOTALL)
         expected = "; ".join(dict.fromkeys(inputs)) or _one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
         return f"{key}: {expected.rstrip('. ')}{_range_of(key)}" + (f", got {_one_line(value[1])}" if value else "")
     return _one_line(message)

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
-from pipeline.tracking import NAMESPACE, Tracker, default_uri, flatten
+from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten
 from pipeline.worker import make_plan, total_steps, train_worker
 
 Say = Callable[[str], None]
@@ -129,8 +129,9 @@ def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
     if config.run.mlflow_uri is None:
         Path(storage_path).mkdir(parents=True, exist_ok=True)
         artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": here}
-    actor = ray.remote(Tracker).options(**options)
+    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+    # Calls are run in their order, but those that show progress need not wait behind an upload.
+    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(Tracker).options(**options)
     return actor.remote(uri, config.run.mlflow_experiment, config.run.name, folder, artifacts)
 
 
@@ -236,7 +237,8 @@ def _end_run(tracker: Any, status: str, say: Say) -> None:
 
     try:
         ray.get(tracker.finish.remote(status), timeout=60)
-        problem = ray.get(tracker.get_progress.remote(), timeout=60)["problem"]
+        show = tracker.get_progress.options(concurrency_group=SHOW_GROUP)
+        problem = ray.get(show.remote(), timeout=60)["problem"]
     except (ray.exceptions.RayError, TimeoutError) as error:
         problem = f"the end of the run could not be recorded ({_last_line(error)})"
     if problem:

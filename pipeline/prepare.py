@@ -51,13 +51,14 @@ def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
     training_files = [read_coco_file(source, root) for source in data.sources]
     validation_files = [read_coco_file(source, root) for source in data.validation_sources]
     class_map = unite_classes(training_files)
-    folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_files, validation_files)
+    training_key = _content_key(config, training_files, class_map)
+    validation_key = _content_key(config, validation_files, class_map)
+    folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_key, validation_key)
     prepared = PreparedData(storage.join(folder, "training"), storage.join(folder, "validation"))
-    for split, split_folder, files in (
-        ("training", prepared.training, training_files),
-        ("validation", prepared.validation, validation_files),
+    for split, split_folder, files, key in (
+        ("training", prepared.training, training_files, training_key),
+        ("validation", prepared.validation, validation_files, validation_key),
     ):
-        key = _content_key(config, files)
         if storage.exists(storage.join(split_folder, MANIFEST)):
             manifest = read_manifest(split_folder)
             if manifest.content_key == key:
@@ -68,13 +69,14 @@ def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
     return prepared
 
 
-def _content_key(config: ExperimentConfig, files: Sequence[CocoFile]) -> str:
+def _content_key(config: ExperimentConfig, files: Sequence[CocoFile], class_map: ClassMap) -> str:
     """Digest of everything that the shards of these files are a function of, image bytes excepted."""
     digest = hashlib.sha256()
     options = {
         "format_version": FORMAT_VERSION,
         "canvases": config.data.canvases,
         "rows_per_shard": config.data.rows_per_shard,
+        "class_names": class_map.names,
     }
     digest.update(json.dumps(options, sort_keys=True).encode())
     for file in files:
@@ -83,9 +85,9 @@ def _content_key(config: ExperimentConfig, files: Sequence[CocoFile]) -> str:
     return digest.hexdigest()
 
 
-def _default_folder(config: ExperimentConfig, training: Sequence[CocoFile], validation: Sequence[CocoFile]) -> str:
+def _default_folder(config: ExperimentConfig, training_key: str, validation_key: str) -> str:
     """Below storage_path, so that the runs of one storage path share their shards."""
-    key = _content_key(config, [*training, *validation])
+    key = hashlib.sha256(f"{training_key} {validation_key}".encode()).hexdigest()
     return storage.join(storage.absolute(config.run.storage_path), f"shards/{key[:16]}")
 
 

@@ -42,11 +42,14 @@ def decode_image(content: bytes, height: int | None = None, width: int | None = 
             if (width, height) == stored.size and (width, height) != turned.size:
                 chosen = stored
             array = _to_rgb(chosen)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # its message names a place in memory
+        raise ImageProblem("cannot be decoded (no image format that Pillow knows)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageProblem(f"cannot be decoded ({error})") from error
     if height is not None and array.shape[:2] != (height, width):
         found = f"{array.shape[1]} x {array.shape[0]}"
-        hint = "; the file is turned by its EXIF orientation" if array.shape[:2] == (width, height) else ""
+        exchanged = array.shape[:2] == (width, height)
+        hint = "; height and width are exchanged: has the file lost its EXIF orientation?" if exchanged else ""
         raise ImageProblem(f"is {found} pixels, its annotations say {width} x {height}{hint}")
     return array
 

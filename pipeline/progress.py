@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from model.losses import LOSS_NAMES
+from pipeline.tracking import SHOW_GROUP
 
 POLL_SECONDS = 0.5
 LOG_LINE_SECONDS = 10.0
@@ -63,10 +64,11 @@ class ProgressDisplay:
     def _follow(self) -> None:
         import ray
 
+        show = self._tracker.get_progress.options(concurrency_group=SHOW_GROUP)
         while True:
             finished = self._done.wait(POLL_SECONDS)
             with contextlib.suppress(ray.exceptions.RayError):  # shown again when the tracker is back
-                self._show(ray.get(self._tracker.get_progress.remote(), timeout=30))
+                self._show(ray.get(show.remote(), timeout=30))
             if finished:
                 return
 

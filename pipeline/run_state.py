@@ -51,8 +51,12 @@ def read_run(folder: str) -> RunState | None:
     Raises:
         UserError: the file is damaged.
     """
-    content = _read_json(storage.join(folder, RUN_FILE))
-    return RunState(**content) if content is not None else None
+    path = storage.join(folder, RUN_FILE)
+    content = _read_json(path)
+    try:
+        return RunState(**content) if content is not None else None
+    except TypeError as error:
+        raise UserError(f"{path}: damaged ({error}); begin a new run with --run.name") from error
 
 
 def write_run(folder: str, state: RunState) -> None:
@@ -82,7 +86,7 @@ def check_unchanged(state: RunState, config: ExperimentConfig, folder: str) -> N
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
     ]
-    old_size = ExperimentConfig.model_validate(state.config).global_batch_size
+    old_size = state.config["train"]["batch_size_per_worker"] * state.config["scaling"]["num_workers"]
     if old_size != config.global_batch_size:
         changes.append(
             f"global batch (train.batch_size_per_worker * scaling.num_workers) {old_size} -> {config.global_batch_size}"

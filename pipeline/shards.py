@@ -77,7 +77,7 @@ class Manifest:
     content_key: str
     """Digest of what the shards were made from."""
     digest: str
-    """SHA-256 over all of the above."""
+    """SHA-256 over all of the above but paths and content_key: the same data elsewhere have the same digest."""
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +136,7 @@ def write_shards(
     """
     import ray.data
 
+    storage.delete_file(storage.join(folder, MANIFEST))  # of other content: its shards are about to be replaced
     starts = range(0, len(records), rows_per_shard)
     tables = [
         pa.table({"row": list(range(first, first + len(chunk))), "record": [record.to_json() for record in chunk]})
@@ -168,7 +169,7 @@ def write_shards(
         "sources": [vars(source) for source in sources],
         "canvases": [list(canvas) for canvas in canvases],
         "shards": shards,
-        "dropped": sorted(all_dropped, key=lambda entry: entry["annotation_id"]),
+        "dropped": sorted(all_dropped, key=lambda entry: (entry["source"], entry["annotation_id"])),
     }
     storage.write_bytes(storage.join(folder, MANIFEST), json.dumps(content, indent=1).encode())
     manifest = read_manifest(folder)
@@ -181,31 +182,40 @@ def read_manifest(folder: str) -> Manifest:
     """Manifest of a folder of shards.
 
     Raises:
-        UserError: there is none, or it is of another format version.
+        UserError: there is none, it is damaged, or of another format version.
     """
     path = storage.join(folder, MANIFEST)
     try:
         content = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such manifest; run jobs/prepare.py first") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); delete {folder} and run jobs/prepare.py again") from error
-    if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {content.get('format_version')}, expected {FORMAT_VERSION}; prepare the data again"
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); {_again(folder)}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; {_again(folder)}")
+    try:
+        return Manifest(
+            class_names=tuple(content["class_names"]),
+            sources=tuple(
+                Source(s["annotations"], tuple(s["active_class_ids"]), tuple(s["category_ids"]))
+                for s in content["sources"]
+            ),
+            canvases=tuple((rows, columns) for rows, columns in content["canvases"]),
+            shards=tuple(content["shards"]),
+            dropped=tuple(content["dropped"]),
+            content_key=content["content_key"],
+            digest=_digest(content),
         )
-    sources = tuple(
-        Source(s["annotations"], tuple(s["active_class_ids"]), tuple(s["category_ids"])) for s in content["sources"]
-    )
-    return Manifest(
-        class_names=tuple(content["class_names"]),
-        sources=sources,
-        canvases=tuple((rows, columns) for rows, columns in content["canvases"]),
-        shards=tuple(content["shards"]),
-        dropped=tuple(content["dropped"]),
-        content_key=content["content_key"],
-        digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
-    )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__} {error}); {_again(folder)}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 over a manifest without what only says where the data lie."""
+    data = {name: value for name, value in content.items() if name not in ("content_key", "sources")}
+    data["sources"] = [{**source, "annotations": None} for source in content["sources"]]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 class ShardSet:
@@ -220,7 +230,11 @@ class ShardSet:
         return self.manifest.num_rows
 
     def read_row(self, row: int) -> dict[str, Any]:
-        """One row: scalars as numbers, lists as arrays, bytes as `pa.Buffer` over the mapped file."""
+        """One row: scalars as numbers, lists and bytes as arrays over the mapped file.
+
+        Raises:
+            UserError: the shard is missing or damaged.
+        """
         index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         shard = self.manifest.shards[index]
         if not 0 <= row < len(self):
@@ -238,8 +252,15 @@ def _open_shard(path: str, sha256: str) -> Any:
     """Reader of one shard; a process keeps the latest ones open, by their content."""
     del sha256  # part of the cache's key: a file of the same name may have been written anew
     filesystem, inner = storage.open_filesystem(path)
-    file = filesystem.open_input_file(inner) if storage.is_url(path) else pa.memory_map(inner)
-    return pa.ipc.open_file(file)
+    try:
+        file = filesystem.open_input_file(inner) if storage.is_url(path) else pa.memory_map(inner)
+        return pa.ipc.open_file(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); {_again(path.rsplit('/', 1)[0])}") from error
+
+
+def _again(folder: str) -> str:
+    return f"delete {folder} and run jobs/prepare.py again"
 
 
 def _to_arrays(batch: Any) -> dict[str, Any]:

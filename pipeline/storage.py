@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from pyarrow import fs as arrow_fs
@@ -18,7 +19,10 @@ def absolute(path: str, root: str = ".") -> str:
     """Absolute form of a path or URL; a relative one lies below root."""
     if is_url(path):
         return path
-    return join(root, path) if is_url(root) else os.path.abspath(os.path.join(os.path.expanduser(root), path))
+    path = os.path.expanduser(path)
+    if is_url(root) and not os.path.isabs(path):
+        return join(root, path)
+    return os.path.abspath(os.path.join(os.path.expanduser(root), path))
 
 
 def join(folder: str, name: str) -> str:
@@ -76,6 +80,13 @@ def write_bytes(path: str, content: bytes) -> None:
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def delete_file(path: str) -> None:
+    """Remove a file; nothing where there is none."""
+    filesystem, inner = open_filesystem(path)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(inner)
 
 
 def list_files(folder: str) -> set[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 NAMESPACE = "mask-rcnn"
+SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
 RUN_TAG = "mask_rcnn.run_folder"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0

@@ -27,7 +27,7 @@ from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
-from pipeline.tracking import NAMESPACE
+from pipeline.tracking import NAMESPACE, SHOW_GROUP
 from pipeline.training import STEP_METRICS, autocast_dtype, check_finite, train_step
 
 NUM_PICTURES = 4
@@ -232,13 +232,16 @@ class Worker:
                     "data_wait_fraction": pace.waited / seconds,
                 },
             )
-        self._show(dict(zip(STEP_METRICS, rows[-1], strict=True)), images_per_second, pace.waited / seconds)
+        self._show(
+            losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
+            images_per_second=images_per_second,
+            data_wait_fraction=pace.waited / seconds,
+            seconds_left=(self.last_step - self.step) * self.config.global_batch_size / images_per_second,
+        )
         return bool(decision.item() > 0)
 
     def _evaluate(self) -> None:
         """COCO AP on the validation rows, shared out among the workers."""
-        if self.tracker is not None:
-            self.tracker.set_progress.remote({**self._place(), "doing": "evaluating"})
         rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
         seen = evaluate_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
         everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
@@ -257,7 +260,7 @@ class Worker:
         self.metrics = message[0]
         self._log(self.step, {**self.metrics, "epoch": self._epoch()})
         if self.tracker is not None:
-            self.tracker.set_progress.remote({**self._place(), "evaluated": self.metrics})
+            self._show(evaluated=self.metrics)
             self._draw_pictures()
 
     def _draw_pictures(self) -> None:
@@ -302,23 +305,11 @@ class Worker:
         if self.tracker is not None:
             self.tracker.log.remote(step, metrics)
 
-    def _show(self, losses: dict[str, float], images_per_second: float, data_wait_fraction: float) -> None:
+    def _show(self, **news: Any) -> None:
         """Tell the driver where the training is."""
-        if self.tracker is None:
-            return
-        seconds_left = (self.last_step - self.step) * self.config.global_batch_size / images_per_second
-        self.tracker.set_progress.remote(
-            {
-                **self._place(),
-                "losses": losses,
-                "images_per_second": images_per_second,
-                "data_wait_fraction": data_wait_fraction,
-                "seconds_left": seconds_left,
-            }
-        )
-
-    def _place(self) -> dict[str, Any]:
-        return {"step": self.step, "last_step": self.last_step, "epoch": self._epoch()}
+        if self.tracker is not None:
+            place = {"step": self.step, "last_step": self.last_step, "epoch": self._epoch()}
+            self.tracker.set_progress.options(concurrency_group=SHOW_GROUP).remote({**place, **news})
 
     def _epoch(self) -> float:
         return self.step * self.config.global_batch_size / self.plan.num_rows

@@ -1,0 +1,177 @@
+"""The main job as a user runs it: two workers, evaluation, MLflow, run again, killed and resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import load_file
+
+from model.losses import LOSS_NAMES
+from pipeline.checkpoint import best_checkpoint_of_run, read_description
+from pipeline.evaluation import AP_METRICS
+from pipeline.inference import load
+from pipeline.tracking import default_uri
+from tests.jobs.running import Outcome, run_job, run_until_then_kill, write_small_experiment
+
+pytestmark = pytest.mark.cluster
+
+SUMMARY_KEYS = {
+    "bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "images_per_second", "steps", "seconds", "mlflow_run_id",
+    "checkpoint",
+}  # fmt: skip
+LAST_STEP = 18  # 3 epochs of 24 images in steps of 2 x 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> str:
+    return str(write_small_experiment(folder))
+
+
+@pytest.fixture(scope="module")
+def trained(config: str) -> Outcome:
+    """A training from beginning to end; the other tests look at what it left."""
+    outcome = run_job("train", "--config", config)
+    assert outcome.exit_code == 0, outcome.errors
+    return outcome
+
+
+def test_it_ends_with_a_summary(trained: Outcome) -> None:
+    summary = trained.last_line
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["steps"] == LAST_STEP
+    assert 0 <= summary["segm_AP"] <= summary["segm_AP50"] <= 1
+    assert summary["images_per_second"] > 0
+    assert "2 workers (CPU) x 2 images = 4 a step, 18 steps" in trained.output
+    for name in LOSS_NAMES:
+        assert name in trained.output
+    assert "images/s" in trained.output
+    assert "left" in trained.output
+    assert trained.errors == ""
+
+
+def test_mlflow_holds_every_metric_for_every_step(trained: Outcome, folder: Path) -> None:
+    client = MlflowClient(default_uri(str(folder / "runs")))
+    run_id = trained.last_line["mlflow_run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.rpn.nms_threshold"] == "0.7"
+    assert run.data.params["optim.learning_rate"] == "0.001"
+    for name in ("loss", *LOSS_NAMES, "learning_rate", "gradient_norm", "images_per_second", "data_wait_fraction"):
+        steps = [metric.step for metric in client.get_metric_history(run_id, name)]
+        assert steps == list(range(1, LAST_STEP + 1)), name
+    for name in AP_METRICS:
+        assert [metric.step for metric in client.get_metric_history(run_id, name)] == [6, 12, 18], name
+    for metric in client.get_metric_history(run_id, "loss"):
+        parts = [
+            next(m.value for m in client.get_metric_history(run_id, name) if m.step == metric.step)
+            for name in LOSS_NAMES
+        ]
+        assert metric.value == pytest.approx(sum(parts), rel=1e-4)
+
+
+def test_mlflow_holds_the_artifacts(trained: Outcome, folder: Path, tmp_path: Path) -> None:
+    client = MlflowClient(default_uri(str(folder / "runs")))
+    run_id = trained.last_line["mlflow_run_id"]
+    names = {file.path for file in client.list_artifacts(run_id)}
+    assert names == {"best_checkpoint", "last_checkpoint", "class_map.json", "config.json", "pictures"}
+    class_map = json.loads(Path(client.download_artifacts(run_id, "class_map.json", str(tmp_path))).read_text())
+    assert class_map == {"background": 0, "circle": 1, "square": 2, "triangle": 3}
+    assert read_description(client.download_artifacts(run_id, "last_checkpoint", str(tmp_path))).step == LAST_STEP
+    pictures = sorted(file.path for file in client.list_artifacts(run_id, "pictures"))
+    assert pictures == [f"pictures/step-{step:07d}.png" for step in (6, 12, 18)]
+    with Image.open(client.download_artifacts(run_id, pictures[-1], str(tmp_path))) as picture:
+        assert picture.width > 2 * 256
+
+
+def test_a_finished_run_is_left_as_it_is(trained: Outcome, config: str, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sorted((folder / "runs" / "small").rglob("*"))}
+    again = run_job("train", "--config", config)
+    assert again.exit_code == 0
+    assert "is finished (18 steps); nothing to do" in again.output
+    assert again.last_line == trained.last_line
+    assert {path: path.stat().st_mtime_ns for path in sorted((folder / "runs" / "small").rglob("*"))} == before
+
+
+def test_going_on_with_another_configuration_is_refused(trained: Outcome, config: str) -> None:
+    assert trained.exit_code == 0
+    outcome = run_job("train", "--config", config, "--optim.learning_rate", "0.5", "--model.rpn.nms_threshold", "0.6")
+    assert outcome.exit_code == 1
+    assert len(outcome.error_lines) == 1
+    assert "model.rpn.nms_threshold 0.7 -> 0.6; optim.learning_rate 0.001 -> 0.5" in outcome.errors
+    assert "--run.name" in outcome.errors
+
+
+def test_another_global_batch_is_refused_and_named(trained: Outcome, config: str) -> None:
+    assert trained.exit_code == 0
+    outcome = run_job("train", "--config", config, "--scaling.num_workers", "1")
+    assert outcome.exit_code == 1
+    assert "global batch (train.batch_size_per_worker * scaling.num_workers) 4 -> 2" in outcome.errors
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained: Outcome, config: str, folder: Path) -> None:
+    run_folder = folder / "runs" / "killed"
+    arguments = ("--config", config, "--run.name", "killed")
+
+    def first_checkpoint_is_known() -> bool:
+        snapshot = run_folder / "checkpoint_manager_snapshot.json"
+        return snapshot.exists() and "checkpoint-0000006" in snapshot.read_text()
+
+    run_until_then_kill("train", *arguments, until=first_checkpoint_is_known)
+    assert not (run_folder / "result.json").exists()
+    resumed = run_job("train", *arguments)
+    assert resumed.exit_code == 0, resumed.errors
+    assert "going on with run killed" in resumed.output
+    assert resumed.last_line["steps"] == LAST_STEP
+
+    client = MlflowClient(default_uri(str(folder / "runs")))
+    steps = [metric.step for metric in client.get_metric_history(resumed.last_line["mlflow_run_id"], "loss")]
+    assert sorted(steps) == list(range(1, LAST_STEP + 1)), "every step once, in the one MLflow run"
+    for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50"):
+        assert resumed.last_line[name] == trained.last_line[name]
+    last = f"checkpoint-{LAST_STEP:07d}/model.safetensors"
+    ours, theirs = (load_file(folder / "runs" / name / last) for name in ("killed", "small"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_best_checkpoint_evaluates_to_what_training_saw(trained: Outcome, config: str, folder: Path) -> None:
+    best = best_checkpoint_of_run(str(folder / "runs" / "small"))
+    assert best == trained.last_line["checkpoint"]
+    metrics = read_description(trained.last_line["checkpoint"]).metrics
+    for reference in ("small", trained.last_line["mlflow_run_id"]):
+        outcome = run_job(
+            "evaluate", "--config", config, "--checkpoint", reference,
+            "--run.mlflow_uri", default_uri(str(folder / "runs")),
+        )  # fmt: skip
+        assert outcome.exit_code == 0, outcome.errors
+        for name in AP_METRICS:
+            assert outcome.last_line[name] == pytest.approx(metrics[name], abs=5e-5), name
+
+
+def test_the_checkpoint_predicts_in_python(trained: Outcome, folder: Path) -> None:
+    maskrcnn = load(trained.last_line["checkpoint"])
+    image = folder / "shapes" / "images" / "val_000001.png"
+    detections = maskrcnn.predict(str(image))
+    masks = maskrcnn.masks(detections, 128, 128)
+    assert masks.shape == (len(detections), 128, 128)
+    assert maskrcnn.class_names == ["circle", "square", "triangle"]
+    with Image.open(image) as picture:
+        from_picture = maskrcnn.predict(picture)
+    torch.testing.assert_close(from_picture.boxes, detections.boxes)
+
+
+def test_a_longer_training_goes_on_from_the_end(trained: Outcome, config: str) -> None:
+    """Last in this file: it changes the finished run."""
+    outcome = run_job("train", "--config", config, "--train.epochs", "4")
+    assert outcome.exit_code == 0, outcome.errors
+    assert outcome.last_line["steps"] == 24
+    assert outcome.last_line["mlflow_run_id"] == trained.last_line["mlflow_run_id"]

@@ -1,0 +1,44 @@
+"""The line that shows where a training is."""
+
+import pytest
+
+from pipeline.progress import duration, evaluation_line, step_line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3600, "1:00:00"), (37230, "10:20:30")],
+)
+def test_duration(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
+
+
+def test_a_step_shows_epoch_step_losses_speed_and_time_left() -> None:
+    line = step_line(
+        {
+            "epoch": 1.25,
+            "step": 50,
+            "last_step": 200,
+            "losses": {
+                "loss": 1.5,
+                "rpn_class_loss": 0.1,
+                "rpn_bbox_loss": 0.2,
+                "mrcnn_class_loss": 0.3,
+                "mrcnn_bbox_loss": 0.4,
+                "mrcnn_mask_loss": 0.5,
+            },
+            "images_per_second": 12.34,
+            "data_wait_fraction": 0.015,
+            "seconds_left": 97,
+        }
+    )
+    assert line == (
+        "epoch 1.25  step 50/200  loss 1.500 = rpn_class_loss 0.100  rpn_bbox_loss 0.200  mrcnn_class_loss 0.300  "
+        "mrcnn_bbox_loss 0.400  mrcnn_mask_loss 0.500  12.3 images/s  data wait 1.5%  1:37 left"
+    )
+
+
+def test_an_evaluation_shows_the_four_figures() -> None:
+    metrics = {"bbox_AP": 0.1, "bbox_AP50": 0.2, "segm_AP": 0.3, "segm_AP50": 0.4, "segm_AP75": 0.5}
+    line = evaluation_line({"epoch": 2.0, "step": 80, "last_step": 200, "evaluated": metrics})
+    assert line == "epoch 2.00  step 80/200  bbox_AP 0.100  bbox_AP50 0.200  segm_AP 0.300  segm_AP50 0.400"
