@@ -21,14 +21,14 @@ def main(arguments: list[str]) -> None:
     options = parse(__doc__ or "", arguments, {"checkpoint": "what to evaluate"})
     config = options.experiment
 
-    from pipeline import cluster
+    from pipeline import cluster, prepare
     from pipeline.checkpoint import resolve_checkpoint
     from pipeline.inference import evaluate_checkpoint
-    from pipeline.prepare import prepare
 
     folder = resolve_checkpoint(options.checkpoint, config.run.storage_path, config.run.mlflow_uri)
+    checked = prepare.check(config, say)  # before Ray is started: most mistakes show here
     cluster.connect(options.debug)
-    data = prepare(config, say)
+    data = prepare.write(config, checked, say)
     placement = cluster.place_workers(config.scaling, say)
     started = time.monotonic()
     metrics = evaluate_checkpoint(config, folder, data, placement)

@@ -18,12 +18,12 @@ def main(arguments: list[str]) -> None:
     """Parse, prepare, print what was made."""
     options = parse(__doc__ or "", arguments)
 
-    from pipeline import cluster
-    from pipeline.prepare import prepare
+    from pipeline import cluster, prepare
     from pipeline.shards import read_manifest
 
+    checked = prepare.check(options.experiment, say)  # before Ray is started: most mistakes show here
     cluster.connect(options.debug)
-    data = prepare(options.experiment, say)
+    data = prepare.write(options.experiment, checked, say)
     training, validation = read_manifest(data.training), read_manifest(data.validation)
     summary = {
         "training": data.training,

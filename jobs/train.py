@@ -19,13 +19,13 @@ def main(arguments: list[str]) -> None:
     options = parse(__doc__ or "", arguments)
     config = options.experiment
 
-    from pipeline import cluster, launch
-    from pipeline.prepare import prepare
+    from pipeline import cluster, launch, prepare
 
     summary = launch.finished_summary(config, say)
     if summary is None:
+        checked = prepare.check(config, say)  # before Ray is started: most mistakes show here
         cluster.connect(options.debug)
-        data = prepare(config, say)
+        data = prepare.write(config, checked, say)
         summary = launch.train(config, data, say)
     say(json.dumps(summary))
 

@@ -15,9 +15,9 @@ NUM_PYRAMID_LEVELS = 5  # P2, P3, P4, P5, P6
 
 
 class Config(BaseModel):
-    """A frozen part of the configuration; an unknown key is an error."""
+    """A frozen part of the configuration; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BackboneConfig(Config):

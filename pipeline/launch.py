@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import run_state, storage
+from pipeline.checkpoint import read_description
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
@@ -202,13 +203,14 @@ def _last_line(error: BaseException) -> str:
 
 
 def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
-    """What the job prints."""
-    outcome = result.return_value
+    """What the job prints; the metrics are those of the checkpoint that it names, the best one."""
     best = _best_checkpoint(result)
+    with best.as_directory() as folder:
+        metrics = read_description(folder).metrics
     return {
-        **{name: round(outcome[name], 4) for name in SUMMARY_METRICS},
-        "images_per_second": outcome["images_per_second"],
-        "steps": outcome["steps"],
+        **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
+        "images_per_second": result.return_value["images_per_second"],
+        "steps": result.return_value["steps"],
         "seconds": round(seconds, 1),
         "mlflow_run_id": run_id,
         "checkpoint": best.path,

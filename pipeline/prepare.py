@@ -11,6 +11,7 @@ from pipeline import storage
 from pipeline.coco import (
     ClassMap,
     CocoFile,
+    Dropped,
     ImageRecord,
     check_files_exist,
     check_records,
@@ -34,6 +35,31 @@ class PreparedData:
     validation: str
 
 
+@dataclass(frozen=True)
+class CheckedSplit:
+    """Training or validation rows, checked as far as that goes without opening images."""
+
+    name: str
+    folder: str
+    """Of its shards."""
+    key: str
+    """Digest of what the shards are made from."""
+    is_there: bool
+    """Whether the folder holds these shards already; then records and sources are empty."""
+    records: list[ImageRecord]
+    sources: list[Source]
+    dropped: list[Dropped]
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """What `write` makes shards of."""
+
+    class_map: ClassMap
+    training: CheckedSplit
+    validation: CheckedSplit
+
+
 def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
     """Make the shards where they are not there yet; Ray has to be running.
 
@@ -43,6 +69,19 @@ def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
 
     Raises:
         UserError: data that cannot be trained on; no half-made data set is left behind.
+    """
+    return write(config, check(config, say), say)
+
+
+def check(config: ExperimentConfig, say: Say) -> CheckedData:
+    """Read and check the annotation files, and look whether the images are there; needs no Ray.
+
+    Args:
+        config: data, run.storage_path.
+        say: takes lines for a person to read.
+
+    Raises:
+        UserError: data that cannot be trained on.
     """
     data = config.data
     root = storage.absolute(data.root)
@@ -54,19 +93,68 @@ def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
     training_key = _content_key(config, training_files, class_map)
     validation_key = _content_key(config, validation_files, class_map)
     folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_key, validation_key)
-    prepared = PreparedData(storage.join(folder, "training"), storage.join(folder, "validation"))
-    for split, split_folder, files, key in (
-        ("training", prepared.training, training_files, training_key),
-        ("validation", prepared.validation, validation_files, validation_key),
-    ):
-        if storage.exists(storage.join(split_folder, MANIFEST)):
-            manifest = read_manifest(split_folder)
-            if manifest.content_key == key:
-                say(f"data: {split} shards are there: {manifest.num_rows} images in {split_folder}")
-                continue
-        manifest = _prepare_split(config, files, class_map, split_folder, key, say)
-        say(f"data: wrote {split} shards: {manifest.num_rows} images to {split_folder}")
-    return prepared
+    return CheckedData(
+        class_map,
+        _check_split("training", storage.join(folder, "training"), training_key, training_files, class_map),
+        _check_split("validation", storage.join(folder, "validation"), validation_key, validation_files, class_map),
+    )
+
+
+def write(config: ExperimentConfig, checked: CheckedData, say: Say) -> PreparedData:
+    """Write the shards that are not there yet; Ray has to be running.
+
+    Raises:
+        UserError: images that cannot be used; no half-made data set is left behind.
+    """
+    for split in (checked.training, checked.validation):
+        if split.is_there:
+            say(f"data: {split.name} shards are there: {read_manifest(split.folder).num_rows} images in {split.folder}")
+        else:
+            manifest = _write_split(config, split, checked.class_map, say)
+            say(f"data: wrote {split.name} shards: {manifest.num_rows} images to {split.folder}")
+    return PreparedData(checked.training.folder, checked.validation.folder)
+
+
+def _check_split(name: str, folder: str, key: str, files: Sequence[CocoFile], class_map: ClassMap) -> CheckedSplit:
+    split = CheckedSplit(name, folder, key, _holds(folder, key), [], [], [])
+    for index, file in enumerate(files if not split.is_there else []):
+        class_of_category, active_class_ids = classes_of_source(file, class_map)
+        category_of_class = {class_id: category for category, class_id in class_of_category.items()}
+        records, dropped = check_records(file, index, class_map)
+        check_files_exist(file, records)
+        split.records.extend(records)
+        split.dropped.extend(dropped)
+        split.sources.append(
+            Source(file.path, tuple(active_class_ids), tuple(category_of_class[c] for c in active_class_ids))
+        )
+    return split
+
+
+def _holds(folder: str, key: str) -> bool:
+    """Whether a folder has complete shards of this content."""
+    return storage.exists(storage.join(folder, MANIFEST)) and read_manifest(folder).content_key == key
+
+
+def _write_split(config: ExperimentConfig, split: CheckedSplit, class_map: ClassMap, say: Say) -> Manifest:
+    existed = storage.exists(split.folder)
+    try:
+        manifest = write_shards(
+            split.folder,
+            split.records,
+            class_map.names,
+            split.sources,
+            config.data.canvases,
+            config.data.rows_per_shard,
+            [asdict(entry) for entry in split.dropped],
+            split.key,
+        )
+    except BaseException:
+        if not existed:
+            storage.delete_folder(split.folder)
+        raise
+    if manifest.dropped:
+        say(f"data: left out annotations: {count_reasons([Dropped(**entry) for entry in manifest.dropped])}")
+    return manifest
 
 
 def _content_key(config: ExperimentConfig, files: Sequence[CocoFile], class_map: ClassMap) -> str:
@@ -89,39 +177,3 @@ def _default_folder(config: ExperimentConfig, training_key: str, validation_key:
     """Below storage_path, so that the runs of one storage path share their shards."""
     key = hashlib.sha256(f"{training_key} {validation_key}".encode()).hexdigest()
     return storage.join(storage.absolute(config.run.storage_path), f"shards/{key[:16]}")
-
-
-def _prepare_split(
-    config: ExperimentConfig, files: Sequence[CocoFile], class_map: ClassMap, folder: str, key: str, say: Say
-) -> Manifest:
-    records: list[ImageRecord] = []
-    sources: list[Source] = []
-    dropped = []
-    for index, file in enumerate(files):
-        class_of_category, active_class_ids = classes_of_source(file, class_map)
-        category_of_class = {class_id: category for category, class_id in class_of_category.items()}
-        file_records, file_dropped = check_records(file, index, class_map)
-        check_files_exist(file, file_records)
-        records += file_records
-        dropped += file_dropped
-        sources.append(
-            Source(file.path, tuple(active_class_ids), tuple(category_of_class[c] for c in active_class_ids))
-        )
-    if dropped:
-        say(f"data: left out annotations: {count_reasons(dropped)}")
-    existed = storage.exists(folder)
-    try:
-        return write_shards(
-            folder,
-            records,
-            class_map.names,
-            sources,
-            config.data.canvases,
-            config.data.rows_per_shard,
-            [asdict(entry) for entry in dropped],
-            key,
-        )
-    except BaseException:
-        if not existed:
-            storage.delete_folder(folder)
-        raise

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from model.structures import Batch
 from pipeline import storage
 from pipeline.config import SyntheticSettings
+from pipeline.preprocess import pack_mask
+from pipeline.sample import Sample, collate, sample_to_values
 
 IMAGE_SIZE = 128  # pixels a side
 SHAPE_NAMES = ("circle", "square", "triangle")
@@ -88,6 +91,32 @@ def draw_example(seed: int, split: str, number: int) -> tuple[npt.NDArray[np.uin
         pixels[mask] = colour
     pixels += rng.normal(0, rng.uniform(2, 20), size=pixels.shape)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8), objects
+
+
+def draw_sample(seed: int, split: str, number: int) -> Sample:
+    """The same picture and objects as a training sample, without files; for tests and benchmarks."""
+    pixels, objects = draw_example(seed, split, number)
+    packed = [pack_mask(mask) for _, mask in objects]
+    boxes = np.array([box for box, _ in packed], dtype=np.float32).reshape(-1, 4)
+    return Sample(
+        image=pixels,
+        classes=np.array([SHAPE_NAMES.index(name) + 1 for name, _ in objects], dtype=np.int32),
+        is_crowd=np.zeros(len(objects), dtype=bool),
+        boxes=boxes,
+        mask_boxes=boxes,
+        mask_sizes=np.stack([boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1).astype(np.int32),
+        mask_bits=np.frombuffer(b"".join(bits for _, bits in packed), dtype=np.uint8),
+    )
+
+
+def draw_batch(numbers: Sequence[int], seed: int = 0) -> Batch:
+    """Pictures of the training split as a batch."""
+    rows = [
+        {"random_key": number, "source": 0, "canvas_height": IMAGE_SIZE, "canvas_width": IMAGE_SIZE}
+        | sample_to_values(draw_sample(seed, "train", number))
+        for number in numbers
+    ]
+    return collate(rows, np.ones((1, len(SHAPE_NAMES) + 1), dtype=bool))
 
 
 def _draw_shape(rng: np.random.Generator) -> tuple[str, Mask]:

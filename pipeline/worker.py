@@ -70,7 +70,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             cpus_for_data.
 
     Returns:
-        On rank 0, the summary of the training: steps, images_per_second and the metrics of the last evaluation.
+        On rank 0 counts: the steps done, and images_per_second since this start.
     """
     worker = Worker(settings)
     worker.restore()
@@ -170,9 +170,9 @@ class Worker:
             raise RuntimeError("the stream goes on after the last step")
 
     def summary(self) -> dict[str, Any]:
-        """Result of the training."""
+        """How far and how fast it went."""
         pace = self.images_trained / self.seconds_trained if self.seconds_trained else 0.0
-        return {"steps": self.step, "images_per_second": round(pace, 2), **self.metrics}
+        return {"steps": self.step, "images_per_second": round(pace, 2)}
 
     def _stream(self) -> PlannedBatches:
         """Rows of this worker from the present step on; rank 0 builds the stream for all.
