@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import losses
+
+LOG_2 = math.log(2)
+
+
+def test_names_of_the_losses() -> None:
+    assert losses.LOSS_NAMES == (
+        "rpn_class_loss",
+        "rpn_bbox_loss",
+        "mrcnn_class_loss",
+        "mrcnn_bbox_loss",
+        "mrcnn_mask_loss",
+    )
+
+
+class TestRpnClassLoss:
+    def test_by_hand(self) -> None:
+        # Softmax of (0, log 3) is (1/4, 3/4), that of (0, 0) is (1/2, 1/2).
+        logits = torch.tensor([[[0.0, math.log(3)], [0, math.log(3)], [50, -50]], [[0, 0], [9, 9], [9, 9]]])
+        positive = torch.tensor([[True, False, True], [False, True, True]])
+        valid = torch.tensor([[True, True, False], [True, False, False]])
+        # image 0: mean of -log(3/4) and -log(1/4); image 1: log 2
+        expected = ((math.log(4 / 3) + math.log(4)) / 2 + LOG_2) / 2
+        torch.testing.assert_close(losses.rpn_class_loss(logits, positive, valid), torch.tensor(expected))
+
+    def test_without_samples_it_is_zero_with_zero_gradient(self) -> None:
+        logits = torch.randn(2, 4, 2, requires_grad=True)
+        nothing = torch.zeros(2, 4, dtype=torch.bool)
+        loss = losses.rpn_class_loss(logits, nothing, nothing)
+        torch.autograd.backward(loss)
+        torch.testing.assert_close(loss, torch.tensor(0.0))
+        torch.testing.assert_close(logits.grad, torch.zeros_like(logits))
+
+
+class TestRpnBboxLoss:
+    def test_by_hand(self) -> None:
+        deltas = torch.zeros(2, 3, 4)
+        target = torch.tensor(
+            [[[0.5, 0, 0, 0], [3, -2, 0, 0], [9, 9, 9, 9]], [[1, 1, 1, 1], [7, 7, 7, 7], [0, 0, 0, 0]]]
+        )
+        positive = torch.tensor([[True, True, False], [True, True, False]])
+        valid = torch.tensor([[True, True, True], [True, False, True]])
+        # beta 1: 0.5^2 / 2 = 0.125; (3 - 0.5) + (2 - 0.5) = 4; image 0 has 3 samples, image 1 has 2 and loses 4 * 0.5
+        expected = ((0.125 + 4) / 3 + 2 / 2) / 2
+        torch.testing.assert_close(losses.rpn_bbox_loss(deltas, target, positive, valid, 1.0), torch.tensor(expected))
+
+    def test_beta_moves_the_corner(self) -> None:
+        deltas, target = torch.zeros(1, 1, 4), torch.tensor([[[0.5, 0, 0, 0]]])
+        yes = torch.ones(1, 1, dtype=torch.bool)
+        # beta 0.25: linear at 0.5, so 0.5 - 0.125
+        torch.testing.assert_close(losses.rpn_bbox_loss(deltas, target, yes, yes, 0.25), torch.tensor(0.375))
+
+    def test_negatives_have_no_gradient(self) -> None:
+        deltas = torch.randn(1, 4, 4, requires_grad=True)
+        positive = torch.tensor([[True, False, False, True]])
+        valid = torch.tensor([[True, True, True, False]])
+        torch.autograd.backward(losses.rpn_bbox_loss(deltas, torch.randn(1, 4, 4), positive, valid, 1.0))
+        assert deltas.grad is not None
+        assert deltas.grad[0, 0].any()
+        assert not deltas.grad[0, 1:].any()
+
+
+class TestMrcnnClassLoss:
+    ALL = torch.ones(2, 3, dtype=torch.bool)
+
+    def test_by_hand(self) -> None:
+        # Softmax of (0, 0, log 2) is (1/4, 1/4, 1/2).
+        logits = torch.tensor([[0, 0, LOG_2], [0, 0, LOG_2], [0, 0, LOG_2], [80, 0, 0]])
+        classes = torch.tensor([2, 0, 1, 2])
+        image_index = torch.tensor([0, 0, 1, 1])
+        valid = torch.tensor([True, True, True, False])
+        expected = ((LOG_2 + math.log(4)) / 2 + math.log(4)) / 2
+        loss = losses.mrcnn_class_loss(logits, classes, valid, image_index, self.ALL)
+        torch.testing.assert_close(loss, torch.tensor(expected))
+
+    def test_inactive_classes_leave_the_softmax_of_their_image_alone(self) -> None:
+        logits = torch.tensor([[0, 50, LOG_2], [0, 50.0, 0]])
+        active = torch.tensor([[True, False, True], [True, True, True]])
+        valid = torch.ones(2, dtype=torch.bool)
+        # image 0 without class 1: softmax (1/3, -, 2/3); image 1: -log of e^-50
+        loss = losses.mrcnn_class_loss(logits, torch.tensor([2, 0]), valid, torch.tensor([0, 1]), active)
+        torch.testing.assert_close(loss, torch.tensor((math.log(1.5) + 50) / 2))
+
+    def test_inactive_classes_get_exactly_no_gradient(self) -> None:
+        logits = torch.randn(6, 4, requires_grad=True)
+        image_index = torch.tensor([0, 0, 0, 1, 1, 1])
+        active = torch.tensor([[True, False, True, False], [True, True, True, True]])
+        classes = torch.tensor([0, 2, 2, 1, 3, 0])
+        torch.autograd.backward(
+            losses.mrcnn_class_loss(logits, classes, torch.ones(6, dtype=torch.bool), image_index, active)
+        )
+        assert logits.grad is not None
+        torch.testing.assert_close(logits.grad[:3, [1, 3]], torch.zeros(3, 2), rtol=0, atol=0)
+        assert (logits.grad[:3, [0, 2]] != 0).all()
+        assert (logits.grad[3:] != 0).all()
+
+    def test_nothing_active_but_background(self) -> None:
+        logits = torch.randn(3, 3, requires_grad=True)
+        active = torch.tensor([[True, False, False]])
+        classes, index = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        loss = losses.mrcnn_class_loss(logits, classes, torch.ones(3, dtype=torch.bool), index, active)
+        torch.autograd.backward(loss)
+        torch.testing.assert_close(loss, torch.tensor(0.0))
+        torch.testing.assert_close(logits.grad, torch.zeros(3, 3))
+
+
+class TestMrcnnBboxLoss:
+    def test_only_the_true_class_of_positives_counts(self) -> None:
+        deltas = torch.zeros(4, 3, 4, requires_grad=True)
+        targets = torch.tensor([[0.5, 0, 0, 0], [3, 0, 0, 0], [1, 1, 1, 1], [5, 5, 5, 5]])
+        classes = torch.tensor([2, 0, 1, 1])
+        valid = torch.tensor([True, True, True, False])
+        image_index = torch.tensor([0, 0, 1, 1])
+        loss = losses.mrcnn_bbox_loss(deltas, targets, classes, valid, image_index, 2, 1.0)
+        # image 0: 0.125 over 2 regions (the negative counts below the line); image 1: 4 * 0.5 over 1
+        torch.testing.assert_close(loss, torch.tensor((0.125 / 2 + 2) / 2))
+        torch.autograd.backward(loss)
+        assert deltas.grad is not None
+        with_gradient = [tuple(row) for row in torch.nonzero(deltas.grad.any(dim=2)).tolist()]
+        assert with_gradient == [(0, 2), (2, 1)]
+
+
+class TestMrcnnMaskLoss:
+    def test_by_hand(self) -> None:
+        logits = torch.zeros(3, 2, 2)
+        logits[1] = math.log(3)  # sigmoid 3/4
+        targets = torch.tensor([1.0, 0, 1, 0]).reshape(2, 2).repeat(3, 1, 1)
+        loss = losses.mrcnn_mask_loss(logits, targets, torch.tensor([True, True, False]), torch.tensor([0, 1, 1]), 2)
+        # image 0: log 2; image 1: half of the cells -log(3/4), half -log(1/4)
+        expected = (LOG_2 + (math.log(4 / 3) + math.log(4)) / 2) / 2
+        torch.testing.assert_close(loss, torch.tensor(expected))
+
+    def test_garbage_in_empty_slots_has_no_gradient(self) -> None:
+        logits = torch.randn(3, 2, 2, requires_grad=True)
+        targets = torch.ones(3, 2, 2)
+        torch.autograd.backward(
+            losses.mrcnn_mask_loss(logits, targets, torch.tensor([True, False, False]), torch.zeros(3).long(), 1)
+        )
+        assert logits.grad is not None
+        assert logits.grad[0].any()
+        assert not logits.grad[1:].any()
+
+
+def test_no_regions_at_all() -> None:
+    logits = torch.zeros(0, 3, requires_grad=True)
+    deltas = torch.zeros(0, 3, 4, requires_grad=True)
+    masks = torch.zeros(0, 28, 28, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    values = torch.stack(
+        [
+            losses.mrcnn_class_loss(logits, none, none.bool(), none, torch.ones(2, 3, dtype=torch.bool)),
+            losses.mrcnn_bbox_loss(deltas, torch.zeros(0, 4), none, none.bool(), none, 2, 1.0),
+            losses.mrcnn_mask_loss(masks, torch.zeros(0, 28, 28), none.bool(), none, 2),
+        ]
+    )
+    torch.testing.assert_close(values, torch.zeros(3))
+    torch.autograd.backward(values.sum())
+    assert all(x.grad is not None for x in (logits, deltas, masks))
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 0, 0, 1, 1], [0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+def test_every_image_weighs_the_same(owner: list[int]) -> None:
+    """An image with many regions weighs as much as one with few; one without weighs in as zero."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator)
+    deltas, masks = torch.randn(6, 3, 4, generator=generator), torch.randn(6, 4, 4, generator=generator)
+    classes, image_index = torch.tensor([1, 2, 0, 1, 0, 2]), torch.tensor(owner)
+    valid = torch.tensor([True, True, True, False, True, True])
+    target_deltas, target_masks = torch.randn(6, 4, generator=generator), (masks > 0.3).float()
+    active = torch.ones(2, 3, dtype=torch.bool)
+    together = torch.stack(
+        [
+            losses.mrcnn_class_loss(logits, classes, valid, image_index, active),
+            losses.mrcnn_bbox_loss(deltas, target_deltas, classes, valid, image_index, 2, 1.0),
+            losses.mrcnn_mask_loss(masks, target_masks, valid, image_index, 2),
+        ]
+    )
+    alone = []
+    for image in range(2):
+        rows = image_index == image
+        index = torch.zeros(int(rows.sum()), dtype=torch.int64)
+        alone.append(
+            torch.stack(
+                [
+                    losses.mrcnn_class_loss(logits[rows], classes[rows], valid[rows], index, active[:1]),
+                    losses.mrcnn_bbox_loss(
+                        deltas[rows], target_deltas[rows], classes[rows], valid[rows], index, 1, 1.0
+                    ),
+                    losses.mrcnn_mask_loss(masks[rows], target_masks[rows], valid[rows], index, 1),
+                ]
+            )
+        )
+    torch.testing.assert_close(together, torch.stack(alone).mean(dim=0))
+
+
+def test_one_image_equals_the_functions_of_torch() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, masks = torch.randn(5, 3, generator=generator), torch.randn(5, 4, 4, generator=generator)
+    classes, index = torch.tensor([1, 2, 0, 1, 0]), torch.zeros(5, dtype=torch.int64)
+    valid = torch.ones(5, dtype=torch.bool)
+    active = torch.ones(1, 3, dtype=torch.bool)
+    torch.testing.assert_close(
+        losses.mrcnn_class_loss(logits, classes, valid, index, active), F.cross_entropy(logits, classes)
+    )
+    target = (torch.rand(5, 4, 4, generator=generator) > 0.5).float()
+    torch.testing.assert_close(
+        losses.mrcnn_mask_loss(masks, target, valid, index, 1), F.binary_cross_entropy_with_logits(masks, target)
+    )
