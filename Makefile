@@ -38,7 +38,7 @@ format: setup  ## let ruff rewrite the formatting
 	@$(BIN)/ruff format .
 
 types: setup  ## mypy, strict
-	@$(BIN)/mypy $(PACKAGES) tests
+	@$(BIN)/mypy $(PACKAGES) benchmarks tests
 
 imports: setup  ## the import contracts: jobs -> pipeline -> model
 	@$(BIN)/lint-imports
@@ -49,7 +49,7 @@ bench: setup  ## speed of the training step's parts on this machine
 	@$(BIN)/python benchmarks/step.py
 
 submit: setup  ## the demo as a Ray job: start a head node on the loopback, submit, follow, end it
-	@$(BIN)/python jobs/submit.py --config $(CONFIG) --storage_path $(RUNS) $(ARGS)
+	@$(BIN)/python jobs/submit.py --config $(CONFIG) --storage_path $(RUNS) --run.name submitted $(ARGS)
 
 ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000
 	@mkdir -p $(RUNS)

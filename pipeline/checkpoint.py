@@ -146,7 +146,8 @@ def load_optimizer_state(folder: str, optimizer: torch.optim.Optimizer) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); take another checkpoint") from error
+        problem = (str(error) or "cut off").splitlines()[0]
+        raise UserError(f"{path}: damaged ({problem}); take another checkpoint") from error
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:

@@ -140,10 +140,8 @@ def explain(message: str) -> str:
     refused = re.search(r"Option '([\w.]+)' is not accepted", message)
     if refused:
         return _unknown_key(".".join([*keys, refused[1]]))
-    unknown = (
-        re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        or re.search(r"(?:[Uu]nrecognized arguments?: --|Key \"|Key ')()([\w.]+)", message)
-        or re.search(r"Option ()'([\w.]+)' is not accepted", message)
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message) or re.search(
+        r"(?:[Uu]nrecognized arguments?: --|Key \"|Key ')()([\w.]+)", message
     )
     if unknown:
         return _unknown_key(".".join(filter(None, unknown.groups())))

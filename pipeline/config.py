@@ -116,6 +116,8 @@ class TrainSettings(Config):
 class CheckpointSettings(Config):
     """When the state is saved, beside every evaluation and the end."""
 
+    every_epochs: PositiveInt = 1
+    """Epochs between checkpoints."""
     every_minutes: PositiveFloat = 15.0
     """Longest time between two checkpoints."""
     keep: Annotated[int, Field(ge=2)] = 3

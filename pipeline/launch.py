@@ -31,13 +31,13 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
         UserError: the run was begun with another configuration.
     """
     folder = run_state.run_folder(config)
-    state, summary = run_state.read_run(folder), run_state.read_result(folder)
+    state, result = run_state.read_run(folder), run_state.read_result(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
-    if state is None or summary is None or summary["config_steps"] != _asked_steps(config):
+    if state is None or result is None or result.length != _length(config):
         return None
-    say(f"run {config.run.name} in {folder} is finished ({summary['steps']} steps); nothing to do")
-    return summary
+    say(f"run {config.run.name} in {folder} is finished ({result.summary['steps']} steps); nothing to do")
+    return result.summary
 
 
 def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, A
         status = "FINISHED"
         summary = _summarise(config, result, run_id, time.monotonic() - started)
         _record_artifacts(tracker, config, shards, result)
-        run_state.write_result(folder, summary)
+        run_state.write_result(folder, run_state.RunResult(_length(config), summary))
         return summary
     except KeyboardInterrupt:
         status = "KILLED"
@@ -84,7 +84,7 @@ def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, A
         _end_run(tracker, status, say)
 
 
-def _asked_steps(config: ExperimentConfig) -> str:
+def _length(config: ExperimentConfig) -> str:
     """How long the configuration wants to train, in its own terms."""
     return f"epochs {config.train.epochs:g}, max_steps {config.train.max_steps}"
 
@@ -214,7 +214,6 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
         "seconds": round(seconds, 1),
         "mlflow_run_id": run_id,
         "checkpoint": best.path,
-        "config_steps": _asked_steps(config),
     }
 
 

@@ -40,6 +40,16 @@ class RunState:
     mlflow_run_id: str | None
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    length: str
+    """How long it was asked to train; a longer training goes on with it."""
+    summary: dict[str, Any]
+    """What the job printed."""
+
+
 def run_folder(config: ExperimentConfig) -> str:
     """Absolute path or URL."""
     return storage.join(storage.absolute(config.run.storage_path), config.run.name)
@@ -64,14 +74,19 @@ def write_run(folder: str, state: RunState) -> None:
     storage.write_bytes(storage.join(folder, RUN_FILE), json.dumps(asdict(state), indent=1).encode())
 
 
-def read_result(folder: str) -> dict[str, Any] | None:
-    """Summary of a finished run, None where it has not finished."""
-    return _read_json(storage.join(folder, RESULT_FILE))
+def read_result(folder: str) -> RunResult | None:
+    """Result of a finished run, None where it has not finished."""
+    path = storage.join(folder, RESULT_FILE)
+    content = _read_json(path)
+    try:
+        return RunResult(**content) if content is not None else None
+    except TypeError as error:
+        raise UserError(f"{path}: damaged ({error}); begin a new run with --run.name") from error
 
 
-def write_result(folder: str, summary: dict[str, Any]) -> None:
-    """Write the summary that tells a run is finished."""
-    storage.write_bytes(storage.join(folder, RESULT_FILE), json.dumps(summary, indent=1).encode())
+def write_result(folder: str, result: RunResult) -> None:
+    """Write the result that tells a run is finished."""
+    storage.write_bytes(storage.join(folder, RESULT_FILE), json.dumps(asdict(result), indent=1).encode())
 
 
 def check_unchanged(state: RunState, config: ExperimentConfig, folder: str) -> None:

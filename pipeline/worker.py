@@ -51,14 +51,12 @@ def total_steps(config: ExperimentConfig, plan: StreamPlan) -> int:
     return min(steps, config.train.max_steps) if config.train.max_steps is not None else steps
 
 
-def evaluation_steps(config: ExperimentConfig, plan: StreamPlan) -> set[int]:
-    """Steps after which the model is evaluated: at ends of epochs, and at the last."""
-    last = total_steps(config, plan)
-    every = config.train.evaluate_every_epochs
-    steps, epoch = {last}, every
-    while plan.steps_of_epochs(epoch) < last:
+def epoch_ends(plan: StreamPlan, last_step: int, every_epochs: int) -> set[int]:
+    """Steps with which every so many epochs end, and the last step."""
+    steps, epoch = {last_step}, every_epochs
+    while plan.steps_of_epochs(epoch) < last_step:
         steps.add(plan.steps_of_epochs(epoch))
-        epoch += every
+        epoch += every_epochs
     return steps
 
 
@@ -139,7 +137,8 @@ class Worker:
 
         parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
         parallel.train()
-        evaluations = evaluation_steps(self.config, self.plan)
+        evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
+        checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
         checkpointed_at = time.monotonic()
         fetched: list[Tensor] = []
         pace = _Pace()
@@ -155,15 +154,14 @@ class Worker:
             )
             self.step += 1
             pace.steps += 1
-            evaluate_now = self.step in evaluations
-            if not evaluate_now and self.step % self.config.train.log_every_steps:
+            if self.step not in checkpoints and self.step % self.config.train.log_every_steps:
                 continue
             overdue = time.monotonic() - checkpointed_at > self.config.checkpoints.every_minutes * 60
-            checkpoint_now = self._log_steps(fetched, pace, overdue)
-            if evaluate_now:
+            checkpoint_now = self._log_steps(fetched, pace, overdue) or self.step in checkpoints
+            if self.step in evaluations:
                 self._evaluate()
-            if evaluate_now or checkpoint_now:
-                self._checkpoint(evaluated=evaluate_now)
+            if checkpoint_now:
+                self._checkpoint(evaluated=self.step in evaluations)
                 checkpointed_at = time.monotonic()
             fetched, pace = [], _Pace()
         if next(batches, None) is not None:

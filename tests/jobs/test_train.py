@@ -88,7 +88,7 @@ def test_mlflow_holds_the_artifacts(trained: Outcome, folder: Path, tmp_path: Pa
     pictures = sorted(file.path for file in client.list_artifacts(run_id, "pictures"))
     assert pictures == [f"pictures/step-{step:07d}.png" for step in (6, 12, 18)]
     with Image.open(client.download_artifacts(run_id, pictures[-1], str(tmp_path))) as picture:
-        assert picture.width > 2 * 256
+        assert picture.width > 2 * 400
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Outcome, config: str, folder: Path) -> None:
@@ -155,6 +155,34 @@ def test_the_best_checkpoint_evaluates_to_what_training_saw(trained: Outcome, co
         assert outcome.exit_code == 0, outcome.errors
         for name in AP_METRICS:
             assert outcome.last_line[name] == pytest.approx(metrics[name], abs=5e-5), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model.box_head.channels", "64"], ["of another architecture", "box_head", "(32, ", "(64, "]),
+        (
+            ["--data.sources", "[{annotations: annotations/two.json}]", "--data.synthetic", "null"],
+            ["trained on other classes", "class 3 is 'triangle' there, nothing in the data"],
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    trained: Outcome, config: str, folder: Path, arguments: list[str], parts: list[str]
+) -> None:
+    annotations = folder / "shapes" / "annotations"
+    for split, name in (("train", "two"), ("val", "two_val")):
+        content = json.loads((annotations / f"instances_{split}.json").read_text())
+        content["categories"] = content["categories"][:2]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] < 3]
+        (annotations / f"{name}.json").write_text(json.dumps(content))
+    if "--data.sources" in arguments:
+        arguments = [*arguments, "--data.validation_sources", "[{annotations: annotations/two_val.json}]"]
+    outcome = run_job("evaluate", "--config", config, "--checkpoint", trained.last_line["checkpoint"], *arguments)
+    assert outcome.exit_code == 1
+    assert len(outcome.error_lines) == 1
+    for part in parts:
+        assert part in outcome.errors
 
 
 def test_the_checkpoint_predicts_in_python(trained: Outcome, folder: Path) -> None:

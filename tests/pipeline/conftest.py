@@ -1,0 +1,29 @@
+"""Fixtures of the tests of the pipeline."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipeline.prepare import prepare
+from tests.pipeline.factories import Prepared, experiment, two_sources
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here; threads that wait for each other on a busy machine cost far more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def prepared(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Two training files with different classes and a validation file, as shards; not to be changed."""
+    folder = tmp_path_factory.mktemp("prepared")
+    contents = two_sources(folder / "data")
+    config = experiment(folder / "data", folder / "runs")
+    said: list[str] = []
+    data = prepare(config, said.append)
+    return Prepared(folder / "data", config, data, said, contents)

@@ -1,0 +1,280 @@
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline.command_line import ConfigurationError, explain_validation, known_keys, parse, run_job
+from pipeline.config import CocoSource, ExperimentConfig, SyntheticSettings
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parsed(*arguments: str) -> ExperimentConfig:
+    experiment = parse("A job.", arguments).experiment
+    assert isinstance(experiment, ExperimentConfig)
+    return experiment
+
+
+def yaml_file(tmp_path: Path, text: str, name: str = "config.yaml") -> str:
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def error_of(arguments: Sequence[str]) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        parse("A job.", arguments)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def test_without_arguments_the_defaults_hold() -> None:
+    options = parse("A job.", [])
+    assert options.experiment == ExperimentConfig()
+    assert options.debug is False
+
+
+def test_file_and_overrides(tmp_path: Path) -> None:
+    first = yaml_file(tmp_path, "train: {epochs: 3, seed: 5}\nmodel: {rpn: {nms_threshold: 0.6}}", "first.yaml")
+    second = yaml_file(tmp_path, "train: {epochs: 4}", "second.yaml")
+    config = parsed("--config", first, "--config", second, "--optim.learning_rate", "0.5", "--scaling.num_workers=3")
+    assert (config.train.epochs, config.train.seed) == (4, 5)
+    assert config.model.rpn.nms_threshold == 0.6
+    assert (config.optim.learning_rate, config.scaling.num_workers) == (0.5, 3)
+    assert parsed("--config", first, "--train.seed", "7").train.seed == 7
+    assert parsed("--config", first).model.rpn.channels == ExperimentConfig().model.rpn.channels
+
+
+def test_lists_and_optional_groups(tmp_path: Path) -> None:
+    text = "data: {sources: [{annotations: a.json}, {annotations: b.json, images: c}], canvases: [[64, 96], [96, 64]]}"
+    config = parsed("--config", yaml_file(tmp_path, text), "--data.synthetic.training_images", "7")
+    assert config.data.sources == (CocoSource(annotations="a.json"), CocoSource(annotations="b.json", images="c"))
+    assert config.data.canvases == ((64, 96), (96, 64))
+    assert config.data.synthetic == SyntheticSettings(training_images=7)
+    assert parsed("--data.sources", '[{"annotations": "x.json"}]').data.sources == (CocoSource(annotations="x.json"),)
+    assert parsed("--data.canvases", "[[64, 64]]").data.canvases == ((64, 64),)
+
+
+def test_names_that_others_rely_on(tmp_path: Path) -> None:
+    options = parse(
+        "A job.",
+        [
+            "--data.root", "/data", "--run.name", "mine", "--run.storage_path", "/runs",
+            "--run.mlflow_uri", "http://127.0.0.1:5000", "--scaling.num_workers", "4", "--train.max_steps", "9",
+            "--checkpoint", "best", "--debug",
+        ],
+        {"checkpoint": "which one"},
+    )  # fmt: skip
+    config = options.experiment
+    assert (config.data.root, config.run.name, config.run.storage_path) == ("/data", "mine", "/runs")
+    assert (config.run.mlflow_uri, config.scaling.num_workers) == ("http://127.0.0.1:5000", 4)
+    assert (config.train.max_steps, options.checkpoint, options.debug) == (9, "best", True)
+
+
+def test_required_option_is_asked_for() -> None:
+    with pytest.raises(ConfigurationError, match="checkpoint"):
+        parse("A job.", [], {"checkpoint": "which one"})
+
+
+# YAML, the same on the command line, and what the one line has to say.
+UNKNOWN = [
+    ("model: {rpn: {nms_treshold: 0.6}}", ["--model.rpn.nms_treshold", "0.6"], "model.rpn.nms_threshold"),
+    ("optim: {lerning_rate: 1}", ["--optim.lerning_rate", "1"], "optim.learning_rate"),
+    ("train: {num_workers: 2}", ["--train.num_workers", "2"], "scaling.num_workers"),
+    ("modle: {fpn: {channels: 3}}", ["--modle.fpn.channels", "3"], "model.fpn.channels"),
+    ("data: {synthetic: {trainingimages: 3}}", ["--data.synthetic.trainingimages", "3"],
+     "data.synthetic.training_images"),
+    ("nms_threshold: 0.6", ["--nms_threshold", "0.6"], "model.rpn.nms_threshold"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "arguments", "nearest"), UNKNOWN)
+def test_unknown_key_is_named_with_the_nearest_one(
+    tmp_path: Path, text: str, arguments: list[str], nearest: str
+) -> None:
+    key = arguments[0].removeprefix("--")
+    for given in (["--config", yaml_file(tmp_path, text)], arguments):
+        assert error_of(given) == f"{key}: no such key; did you mean {nearest}?"
+
+
+def test_key_that_is_like_no_other() -> None:
+    assert error_of(["--xyzzy", "1"]) == "xyzzy: no such key; see --help for all keys"
+
+
+# YAML, the same on the command line, the key, and the range or the kind of value.
+WRONG = [
+    ("model: {rpn: {nms_threshold: 1.5}}", ["--model.rpn.nms_threshold", "1.5"], ">= 0 and <= 1"),
+    ("train: {epochs: -1}", ["--train.epochs", "-1"], "> 0"),
+    ("train: {epochs: .inf}", ["--train.epochs", "inf"], "finite"),
+    ("train: {epochs: abc}", ["--train.epochs", "abc"], "a valid number"),
+    ("train: {max_steps: 0}", ["--train.max_steps", "0"], "greater than or equal to 1"),
+    ("train: {batch_size_per_worker: 2.5}", ["--train.batch_size_per_worker", "2.5"], "a valid integer"),
+    ("train: {seed: -3}", ["--train.seed", "-3"], ">= 0"),
+    ("scaling: {num_workers: 0}", ["--scaling.num_workers", "0"], ">= 1"),
+    ("checkpoints: {keep: 1}", ["--checkpoints.keep", "1"], ">= 2"),
+    ("optim: {momentum: 1.0}", ["--optim.momentum", "1.0"], ">= 0 and < 1"),
+    ("optim: {name: adam}", ["--optim.name", "adam"], "'sgd', 'adamw'"),
+    ("model: {backbone: {depth: 19}}", ["--model.backbone.depth", "19"], "18, 34, 50, 101"),
+    ("model: {anchors: {scales: [1, 2]}}", ["--model.anchors.scales", "[1, 2]"], "5 elements"),
+    ("data: {canvases: [[128, 100]]}", ["--data.canvases", "[[128, 100]]"], "a multiple of 32"),
+    ("data: {canvases: []}", ["--data.canvases", "[]"], "at least 1 item"),
+    ("data: {sources: []}", ["--data.sources", "[]"], "at least 1 item"),
+    ("data: {sources: [{annotations: 3}]}", ["--data.sources", '[{"annotations": 3}]'], "0.annotations"),
+    ("data: {sources: [{annotation: a}]}", ["--data.sources", '[{"annotation": "a"}]'], "0.annotation"),
+    ("data: {synthetic: {training_images: 0}}", ["--data.synthetic.training_images", "0"], ">= 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "arguments", "allowed"), WRONG)
+def test_wrong_value_is_named_with_what_is_allowed(
+    tmp_path: Path, text: str, arguments: list[str], allowed: str
+) -> None:
+    key = arguments[0].removeprefix("--")
+    for given in (["--config", yaml_file(tmp_path, text)], arguments):
+        message = error_of(given)
+        assert message.startswith(f"{key}: ")
+        assert allowed in message
+        for noise in ("pydantic", "input_value", "NoneType", "NestedArg", "Parser key"):
+            assert noise not in message
+
+
+def test_checks_between_keys_name_both(tmp_path: Path) -> None:
+    for given in (
+        ["--config", yaml_file(tmp_path, "model: {rpn: {positive_iou: 0.1}}")],
+        ["--model.rpn.positive_iou=0.1"],
+    ):
+        assert error_of(given) == "model.rpn: negative_iou 0.3 is above positive_iou 0.1"
+    for given in (["--config", yaml_file(tmp_path, "run: {name: a/b}")], ["--run.name", "a/b"]):
+        assert error_of(given) == "run: name 'a/b' has to be a plain folder name"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("[1, 2", "parsing"), ("- 1", "- 1"), ("train: 5", "train: "), ("train: {epochs: 3\n x", "parsing")],
+)
+def test_broken_file_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in error_of(["--config", yaml_file(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "/nowhere/a.yaml"], "/nowhere/a.yaml"),
+        (["--data.root"], "--data.root"),
+        (["stray"], "stray"),
+    ],
+)
+def test_other_mistakes_are_one_line(arguments: list[str], expected: str) -> None:
+    assert expected in error_of(arguments)
+
+
+def test_all_findings_of_a_stored_configuration_are_one_line() -> None:
+    stored = ExperimentConfig().model_dump(mode="json")
+    stored["train"]["epochs"] = -1
+    stored["optim"]["lerning_rate"] = 1
+    with pytest.raises(ValidationError) as caught:
+        ExperimentConfig.model_validate(stored)
+    assert explain_validation(caught.value) == (
+        "optim.lerning_rate: no such key; did you mean optim.learning_rate?; "
+        "train.epochs: Input should be greater than 0 (allowed: > 0)"
+    )
+
+
+def test_keys_are_those_of_the_configuration() -> None:
+    def leaves(values: dict[str, object], prefix: str = "") -> set[str]:
+        found: set[str] = set()
+        for name, value in values.items():
+            found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
+        return found
+
+    config = ExperimentConfig.model_validate({"data": {"synthetic": {}}})
+    keys = list(known_keys())
+    assert set(keys) == leaves(config.model_dump())
+    assert len(keys) == len(set(keys)) > 70
+
+
+SOURCES = '--data.sources=[{"annotations": "a.json"}, {"annotations": "b.json", "images": "c"}]'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--config", "configs/demo.yaml"],
+        ["--config", "configs/nuclei.yaml", "--train.max_steps", "5", "--run.mlflow_uri", "http://127.0.0.1:1"],
+        [SOURCES, "--data.canvases", "[[64, 96]]", "--optim.learning_rate", "1e-5"],
+    ],
+)
+def test_printed_configuration_loads_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        parse("A job.", [*arguments, "--print_config"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    expected = parsed(*arguments)
+    assert parsed("--config", yaml_file(tmp_path, printed)) == expected
+    assert ExperimentConfig.model_validate(yaml.safe_load(printed)) == expected
+
+
+def exit_code(monkeypatch: pytest.MonkeyPatch, main: Callable[[list[str]], None], *arguments: str) -> object:
+    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_job(main)
+    return ended.value.code
+
+
+def test_mistakes_end_with_a_line_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: list[str]) -> None:
+        if "--bad" in arguments:
+            raise UserError("a.json: no such annotation file")
+        if "--stop" in arguments:
+            raise KeyboardInterrupt
+        parse("A job.", arguments)
+
+    assert exit_code(monkeypatch, main, "--train.epochs", "-1") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ("error: train.epochs: Input should be greater than 0 (allowed: > 0), got -1\n")
+    assert exit_code(monkeypatch, main, "--bad") == 1
+    assert capsys.readouterr().err == "error: a.json: no such annotation file\n"
+    assert exit_code(monkeypatch, main, "--bad", "--debug") == 1
+    debugged = capsys.readouterr().err
+    assert "Traceback" in debugged
+    assert debugged.endswith("error: a.json: no such annotation file\n")
+    assert exit_code(monkeypatch, main, "--stop") == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["job.py"])
+    run_job(main)  # nothing wrong: no exit
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_no_mistake_of_the_user_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(arguments: list[str]) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(sys, "argv", ["job.py"])
+    with pytest.raises(RuntimeError, match="ours"):
+        run_job(main)
+
+
+def test_a_job_reports_a_mistake_as_its_user_sees_it() -> None:
+    result = subprocess.run(
+        [sys.executable, "jobs/train.py", "--model.rpn.nms_treshold", "0.6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == ("error: model.rpn.nms_treshold: no such key; did you mean model.rpn.nms_threshold?\n")

@@ -1,0 +1,239 @@
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import CocoSource, SyntheticSettings
+from pipeline.errors import UserError
+from pipeline.prepare import check, prepare
+from pipeline.sample import Sample, sample_from_row
+from pipeline.shards import ShardSet, read_manifest
+from pipeline.synthetic import draw_sample
+from tests.pipeline.factories import Prepared, experiment, noise, png, tree, two_sources
+
+pytestmark = pytest.mark.cluster
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_all_rows_of_all_sources_are_there(prepared: Prepared) -> None:
+    training, validation = ShardSet(prepared.data.training), ShardSet(prepared.data.validation)
+    for shards, names in ((training, ["animals.json", "birds.json"]), (validation, ["validation.json"])):
+        expected = [
+            (index, image["id"], image["file_name"])
+            for index, name in enumerate(names)
+            for image in sorted(prepared.contents[name]["images"], key=lambda image: image["id"])
+        ]
+        rows = list(shards.read_rows(range(len(shards))))
+        assert [(row["source"], row["image_id"], row["file_name"]) for row in rows] == expected
+        number = sum(len(prepared.contents[name]["annotations"]) for name in names)
+        assert sum(len(row["classes"]) for row in rows) == number
+    assert validation.manifest.class_names == training.manifest.class_names == ("cat", "dog", "bird")
+    assert validation.manifest.sources[0].category_ids == (9, 4, 5)
+    assert prepared.said == [
+        f"data: wrote training shards: 21 images to {prepared.data.training}",
+        f"data: wrote validation shards: 7 images to {prepared.data.validation}",
+    ]
+    storage_path = Path(prepared.config.run.storage_path)
+    assert Path(prepared.data.training).parent.parent == storage_path / "shards"
+
+
+def test_second_time_nothing_is_written(prepared: Prepared) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(prepared.config.run.storage_path).rglob("*")}
+    said: list[str] = []
+    assert prepare(prepared.config, said.append) == prepared.data
+    assert said == [
+        f"data: training shards are there: 21 images in {prepared.data.training}",
+        f"data: validation shards are there: 7 images in {prepared.data.validation}",
+    ]
+    assert {path: path.stat().st_mtime_ns for path in Path(prepared.config.run.storage_path).rglob("*")} == before
+
+
+def test_only_the_split_that_changed_is_written_again(local_ray: None, tmp_path: Path) -> None:
+    two_sources(tmp_path)
+    config = experiment(tmp_path, tmp_path / "runs", shards=str(tmp_path / "shards"))
+    prepare(config, lambda line: None)
+    edit(tmp_path / "birds.json", lambda content: content["annotations"].pop())
+    said: list[str] = []
+    prepare(config, said.append)
+    assert [line.split(":")[1] for line in said] == [" wrote training shards", " validation shards are there"]
+
+
+def test_validation_follows_the_classes_of_the_training_data(local_ray: None, tmp_path: Path) -> None:
+    """Numbers of classes come from the training files, so validation shards of before would hold wrong ones."""
+    two_sources(tmp_path)
+    shards = str(tmp_path / "shards")
+    forward = experiment(tmp_path, tmp_path / "runs", shards=shards)
+    data = prepare(forward, lambda line: None)
+    before = [row["classes"].tolist() for row in ShardSet(data.validation).read_rows(range(7))]
+    backward = experiment(tmp_path, tmp_path / "runs", shards=shards, sources=forward.data.sources[::-1])
+    prepare(backward, lambda line: None)
+    manifest = read_manifest(data.validation)
+    assert manifest.class_names == read_manifest(data.training).class_names == ("dog", "bird", "cat")
+    after = [row["classes"].tolist() for row in ShardSet(data.validation).read_rows(range(7))]
+    assert after == [[{1: 3, 2: 1, 3: 2}[class_id] for class_id in row] for row in before]
+
+
+def test_same_data_in_another_folder_have_the_same_digest(prepared: Prepared, tmp_path: Path) -> None:
+    shutil.copytree(prepared.root, tmp_path / "moved")
+    moved = prepare(experiment(tmp_path / "moved", tmp_path / "runs"), lambda line: None)
+    assert read_manifest(moved.training).digest == read_manifest(prepared.data.training).digest
+    assert read_manifest(moved.validation).digest == read_manifest(prepared.data.validation).digest
+
+
+def test_dropped_annotations_are_told_and_kept_in_the_manifest(local_ray: None, tmp_path: Path) -> None:
+    contents = two_sources(tmp_path)
+    first, second, third = (a["id"] for a in contents["animals.json"]["annotations"][:3])
+
+    def spoil(content: dict[str, Any]) -> None:
+        content["annotations"][0]["bbox"][2] = 0
+        content["annotations"][1]["bbox"][3] = -1
+        content["annotations"][2]["segmentation"] = [[-30, -30, -20, -30, -20, -20]]  # outside: covers no pixel
+
+    edit(tmp_path / "animals.json", spoil)
+    said: list[str] = []
+    data = prepare(experiment(tmp_path, tmp_path / "runs"), said.append)
+    assert said[0] == "data: left out annotations: {'box without size': 2, 'mask covers no pixel': 1}"
+    manifest = read_manifest(data.training)
+    assert {entry["annotation_id"]: entry["reason"].split(" (")[0] for entry in manifest.dropped} == {
+        first: "box without size",
+        second: "box without size",
+        third: "mask covers no pixel",
+    }
+    kept = {int(number) for row in ShardSet(data.training).read_rows(range(12)) for number in row["annotation_ids"]}
+    assert kept == {a["id"] for a in contents["animals.json"]["annotations"]} - {first, second, third}
+
+
+def test_shapes_come_in_by_the_same_door(local_ray: None, tmp_path: Path) -> None:
+    config = experiment(
+        tmp_path / "shapes",
+        tmp_path / "runs",
+        sources=(CocoSource(annotations="annotations/instances_train.json"),),
+        validation_sources=(CocoSource(annotations="annotations/instances_val.json"),),
+        synthetic=SyntheticSettings(training_images=6, validation_images=3),
+        canvases=((128, 128),),
+    )
+    said: list[str] = []
+    data = prepare(config, said.append)
+    assert said[0] == f"data: wrote the shapes data set to {tmp_path / 'shapes'}"
+    assert read_manifest(data.training).class_names == ("circle", "square", "triangle")
+    assert (read_manifest(data.training).num_rows, read_manifest(data.validation).num_rows) == (6, 3)
+    for split, folder in (("train", data.training), ("val", data.validation)):
+        shards = ShardSet(folder)
+        for row in range(len(shards)):  # nothing is lost on the way
+            sample, drawn = sample_from_row(shards.read_row(row)), draw_sample(0, split, row)
+            for field in dataclasses.fields(Sample):
+                np.testing.assert_array_equal(getattr(sample, field.name), getattr(drawn, field.name))
+
+
+def removed(name: str) -> Callable[[Path], object]:
+    return lambda root: (root / name).unlink()
+
+
+def with_text(name: str, text: str) -> Callable[[Path], object]:
+    return lambda root: (root / name).write_text(text)
+
+
+def without(key: str) -> Callable[[Path], object]:
+    return lambda root: edit(root / "birds.json", lambda content: content.pop(key))
+
+
+def without_images(root: Path) -> None:
+    edit(root / "birds.json", lambda content: content.update(images=[], annotations=[]))
+
+
+def with_image(**values: Any) -> Callable[[Path], object]:
+    return lambda root: edit(root / "birds.json", lambda content: content["images"][0].update(values))
+
+
+def with_annotation(**values: Any) -> Callable[[Path], object]:
+    return lambda root: edit(root / "birds.json", lambda content: content["annotations"][0].update(values))
+
+
+def unknown_class(root: Path) -> None:
+    edit(root / "validation.json", lambda content: content["categories"].append({"id": 77, "name": "owl"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (removed("birds.json"), ["birds.json", "no such annotation file", "data.sources"]),
+        (with_text("birds.json", "{"), ["birds.json", "not a JSON file"]),
+        (without("annotations"), ["birds.json", "'annotations'"]),
+        (without_images, ["birds.json", "lists no images"]),
+        (removed("images/bird_003.png"), ["images", "1 of 9 images", "bird_003.png"]),
+        (with_image(id=11), ["birds.json", "image id 11 stands there twice"]),
+        (with_annotation(category_id=99), ["birds.json", "category_id 99"]),
+        (with_annotation(image_id=99), ["birds.json", "image_id 99"]),
+        (with_annotation(bbox=[1, 2, float("nan"), 3]), ["birds.json", "bbox"]),
+        (with_image(file_name="../animals.json"), ["birds.json", "'../animals.json' leaves the images folder"]),
+        (with_image(file_name="/etc/passwd"), ["birds.json", "'/etc/passwd' leaves the images folder"]),
+        (with_text("images/bird_003.png", "no image"), ["images/bird_003.png", "cannot be decoded"]),
+        (unknown_class, ["validation.json", "'owl'"]),
+        (with_annotation(segmentation={"size": [48, 64], "counts": "abc"}), ["birds.json", "RLE counts"]),
+    ],
+)
+def test_bad_data_leave_nothing_half_written(
+    local_ray: None, tmp_path: Path, spoil: Callable[[Path], object], names: list[str]
+) -> None:
+    two_sources(tmp_path / "data")
+    spoil(tmp_path / "data")
+    with pytest.raises(UserError) as caught:
+        prepare(experiment(tmp_path / "data", tmp_path / "runs"), lambda line: None)
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert name in message
+    assert not (tmp_path / "runs").exists() or not tree(tmp_path / "runs")
+
+
+def test_annotations_are_checked_without_ray_and_without_writing(tmp_path: Path) -> None:
+    two_sources(tmp_path / "data")
+    checked = check(experiment(tmp_path / "data", tmp_path / "runs"), lambda line: None)
+    assert checked.class_map.names == ("cat", "dog", "bird")
+    assert (len(checked.training.records), len(checked.validation.records)) == (21, 7)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_validation_images_leave_the_training_shards_whole(local_ray: None, tmp_path: Path) -> None:
+    two_sources(tmp_path / "data")
+    (tmp_path / "data" / "images" / "val_002.png").write_bytes(b"no image")
+    config = experiment(tmp_path / "data", tmp_path / "runs", shards=str(tmp_path / "shards"))
+    with pytest.raises(UserError, match="val_002"):
+        prepare(config, lambda line: None)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["training"]
+    assert len(ShardSet(str(tmp_path / "shards" / "training"))) == 21
+
+
+def test_image_of_another_size_is_named_with_a_hint(local_ray: None, tmp_path: Path) -> None:
+    contents = two_sources(tmp_path / "data")
+    image = contents["birds.json"]["images"][0]
+    (tmp_path / "data" / "images" / image["file_name"]).write_bytes(png(noise(image["width"], image["height"])))
+    with pytest.raises(UserError, match=r"height and width are exchanged: has the file lost its EXIF orientation\?"):
+        prepare(experiment(tmp_path / "data", tmp_path / "runs"), lambda line: None)
+    assert not tree(tmp_path / "runs")
+
+
+def test_failure_leaves_the_data_set_of_before_out_of_use(local_ray: None, tmp_path: Path) -> None:
+    """Its shards may have been replaced, so it must not look whole."""
+    two_sources(tmp_path)
+    config = experiment(tmp_path, tmp_path / "runs", shards=str(tmp_path / "shards"))
+    data = prepare(config, lambda line: None)
+    edit(tmp_path / "birds.json", lambda content: content["annotations"].pop())
+    (tmp_path / "images" / "bird_003.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="bird_003"):
+        prepare(config, lambda line: None)
+    with pytest.raises(UserError, match="no such manifest"):
+        ShardSet(data.training)
+    (tmp_path / "images" / "bird_003.png").write_bytes(png(noise(64, 48)))
+    prepare(config, lambda line: None)
+    assert len(ShardSet(data.training)) == 21

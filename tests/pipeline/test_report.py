@@ -1,0 +1,145 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.structures import Detections
+from pipeline import report
+from pipeline.report import _COLOURS, draw_comparison, draw_objects
+from tests.pipeline.factories import Pixels, noise, png, record_of, row_of
+
+
+@pytest.fixture(autouse=True)
+def side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the numbers below can be worked out whatever size people find good to look at."""
+    monkeypatch.setattr(report, "MIN_PICTURE_SIDE", 256)
+
+
+NO_MASKS = np.zeros((0, 300, 300), dtype=bool)
+NO_BOXES = np.zeros((0, 4), dtype=np.float32)
+NAMES = ("cat", "dog")
+
+
+def found(*scores: float) -> Detections:
+    number = len(scores)
+    return Detections(
+        boxes=torch.tensor([[10.0, 5.0, 30.0, 25.0]] * number).reshape(number, 4),
+        scores=torch.tensor(scores),
+        classes=torch.ones(number, dtype=torch.int64),
+        mask_probabilities=torch.ones(number, 28, 28),
+    )
+
+
+def row(folder: Path, num_objects: int, height: int = 48, width: int = 64) -> dict[str, Any]:
+    bitmaps = []
+    for index in range(num_objects):
+        bitmap = np.zeros((height, width), dtype=bool)
+        bitmap[8 + index : 20, 4 + 20 * index : 20 + 20 * index] = True
+        bitmaps.append(bitmap)
+    (folder / "image.png").write_bytes(png(noise(height, width)))
+    return row_of(record_of(folder / "image.png", bitmaps, height, width))
+
+
+def pixels(file: bytes) -> Pixels:
+    with Image.open(io.BytesIO(file)) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_nothing_to_draw_leaves_the_image() -> None:
+    image = noise(300, 300)
+    np.testing.assert_array_equal(np.asarray(draw_objects(image, NO_MASKS, NO_BOXES, [], [])), image)
+
+
+def test_small_image_is_enlarged_by_a_whole_factor() -> None:
+    image = noise(100, 70)
+    drawn = np.asarray(draw_objects(image, NO_MASKS, NO_BOXES, [], []))
+    np.testing.assert_array_equal(drawn, image.repeat(4, axis=0).repeat(4, axis=1))  # 70 * 4 = 280 >= 256
+
+
+def test_mask_and_box_by_hand() -> None:
+    image = np.full((300, 300, 3), 100, dtype=np.uint8)
+    masks = np.zeros((1, 300, 300), dtype=bool)
+    masks[0, 120:130, 120:130] = True
+    boxes = np.array([[100, 110, 200, 210]], dtype=np.float32)
+    drawn = np.asarray(draw_objects(image, masks, boxes, [""], [1]))
+    colour = np.array(_COLOURS[1])
+    expected = image.copy()
+    expected[120:130, 120:130] = (100 + colour) // 2
+    expected[110, 100:200] = expected[209, 100:200] = colour  # right and bottom are exclusive
+    expected[110:210, 100] = expected[110:210, 199] = colour
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_colours_repeat_beyond_the_last() -> None:
+    image = np.zeros((300, 300, 3), dtype=np.uint8)
+    boxes = np.array([[0, 0, 10, 10]], dtype=np.float32)
+    masks = np.ones((1, 300, 300), dtype=bool)
+    first = np.asarray(draw_objects(image, masks, boxes, [""], [3]))
+    again = np.asarray(draw_objects(image, masks, boxes, [""], [3 + len(_COLOURS)]))
+    np.testing.assert_array_equal(first, again)
+
+
+def test_degenerate_box_is_drawn() -> None:
+    image = noise(300, 300)
+    boxes = np.array([[50, 60, 50, 60]], dtype=np.float32)
+    draw_objects(image, np.zeros((1, 300, 300), dtype=bool), boxes, ["cat"], [0])
+
+
+def test_sheet_has_a_line_for_each_row(tmp_path: Path) -> None:
+    rows = [(row(tmp_path, 2), found(0.9, 0.3)), (row(tmp_path, 0), found()), (row(tmp_path, 1, 64, 48), found(0.6))]
+    sheet = pixels(draw_comparison(rows, NAMES))
+    # 48 x 64 pixels are enlarged 6 times; two pictures beside each other, 4 pixels between all, 16 for the title.
+    assert sheet.shape == (16 + 4 + 288 + 4 + 288 + 4 + 384 + 4, 4 + 384 + 4 + 384 + 4, 3)
+
+
+def test_ground_truth_is_left_and_predictions_are_right(tmp_path: Path) -> None:
+    values = row(tmp_path, 0)
+    before = pixels(draw_comparison([(values, found())], NAMES))
+    left, right = before[20:308, 4:388], before[20:308, 392:776]
+    np.testing.assert_array_equal(left, right)
+    np.testing.assert_array_equal(
+        left[::6, ::6], np.asarray(Image.fromarray(values["image"].reshape(64, 85, 3)).resize((64, 48)))
+    )
+    after = pixels(draw_comparison([(values, found(0.9))], NAMES))
+    changed = np.flatnonzero((after != before).any(axis=(0, 2)))
+    # The box reaches from 10 to 30 original pixels, six times enlarged; its label stands within.
+    assert changed.min() == 392 + 60
+    assert changed.max() <= 392 + 180 + 60
+    truth = pixels(draw_comparison([(row(tmp_path, 1), found())], NAMES))
+    changed = np.flatnonzero((truth != before).any(axis=(0, 2)))
+    assert changed.min() == 4 + 4 * 6
+    assert changed.max() < 388
+
+
+def test_unsure_detections_are_not_shown(tmp_path: Path) -> None:
+    values = row(tmp_path, 1)
+    without = draw_comparison([(values, found())], NAMES)
+    assert draw_comparison([(values, found(0.49, 0.2))], NAMES) == without
+    assert draw_comparison([(values, found(0.9, 0.2))], NAMES) == draw_comparison([(values, found(0.9))], NAMES)
+    assert draw_comparison([(values, found(0.5))], NAMES) != without
+
+
+def test_class_is_written_where_there_are_several(tmp_path: Path) -> None:
+    values = row(tmp_path, 1)
+    assert draw_comparison([(values, found())], ("cat", "dog")) != draw_comparison([(values, found())], ("cow", "dog"))
+    # With a single class its name on every object would only hide the picture.
+    assert draw_comparison([(values, found())], ("cat",)) == draw_comparison([(values, found())], ("cow",))
+
+
+@pytest.mark.parametrize("names", [("nucleus",), NAMES])
+def test_objects_are_told_apart(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """By class where there are several, each by itself where there is one."""
+    values = row(tmp_path, 2)
+    values["classes"] = np.array([1, 1], dtype=np.int32)
+    sheet = pixels(draw_comparison([(values, found())], names))
+    left = sheet[20:308, 4:388]
+    # Bottom edges of the two boxes: row 19, columns 4 to 20 and 24 to 40, enlarged.
+    first, second = left[20 * 6 - 1, 10 * 6], left[20 * 6 - 1, 30 * 6]
+    assert tuple(first) in _COLOURS
+    assert tuple(second) in _COLOURS
+    assert (tuple(first) == tuple(second)) is (len(names) > 1)
