@@ -18,17 +18,24 @@ import time
 import uuid
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from pipeline.cluster import local_cpus
+from pipeline.command_line import parse, run_job
+
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 120.0
 
 
-def main(arguments: list[str]) -> int:
-    """Start a head node, submit, follow, end the node; the job's exit code is returned."""
+def main(arguments: list[str]) -> None:
+    """Start a head node, submit, follow, end the node, with the job's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.yaml", help="configuration, relative to the repository")
     parser.add_argument("--storage_path", default="runs", help="where runs are kept")
     options, further = parser.parse_known_args(arguments)
     storage_path = Path(options.storage_path).resolve()
+    data_root = _data_root(options.config, storage_path, further)  # a wrong configuration shows before Ray starts
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the head node is ended then, too
 
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: unix sockets below it may have 107 bytes
     ports = _free_ports(4)
@@ -46,24 +53,23 @@ def main(arguments: list[str]) -> int:
         command = [
             *_ray("job", "submit", "--working-dir", str(ROOT), "--"),
             *("python", "jobs/train.py", "--config", options.config),
-            *("--run.storage_path", str(storage_path), "--data.root", str(_data_root(options.config, storage_path))),
             *further,
+            *("--run.storage_path", str(storage_path), "--data.root", str(data_root)),
         ]
         print("submit:", " ".join(command[3:]), flush=True)
-        return subprocess.run(command, env=environment, check=False).returncode
+        sys.exit(subprocess.run(command, env=environment, check=False).returncode)
     finally:
         _end(head)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _data_root(config: str, storage_path: Path) -> Path:
+def _data_root(config: str, storage_path: Path, further: list[str]) -> str:
     """Where the job finds or makes its data: the job's own folder is thrown away, so an absolute path outside of it."""
-    from pipeline.command_line import parse
-
-    root = Path(parse("", ["--config", str(ROOT / config)]).experiment.data.root)
-    if root.is_absolute() or root.parts[:1] != ("runs",):
-        return root if root.is_absolute() else (ROOT / root).resolve()
-    return storage_path.joinpath(*root.parts[1:])
+    root = str(parse("", ["--config", str(ROOT / config), *further]).experiment.data.root)
+    if "://" in root or Path(root).is_absolute():
+        return root
+    inside_runs = Path(root).parts[:1] == ("runs",)
+    return str(storage_path.joinpath(*Path(root).parts[1:]) if inside_runs else Path(root).resolve())
 
 
 def _ray(*arguments: str) -> list[str]:
@@ -73,10 +79,9 @@ def _ray(*arguments: str) -> list[str]:
 
 def _start_head(ports: list[int], folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """A head node in a process group of its own, reachable from this machine alone."""
-    num_cpus = max(os.cpu_count() or 1, 2) + 1  # one more than there are, for reading data
     command = _ray(
         *("start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
-        *(f"--num-cpus={num_cpus}", f"--temp-dir={folder}", "--disable-usage-stats", "--include-dashboard=true"),
+        *(f"--num-cpus={local_cpus()}", f"--temp-dir={folder}", "--disable-usage-stats", "--include-dashboard=true"),
         *(f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"),
         f"--ray-client-server-port={ports[3]}",
     )
@@ -129,5 +134,4 @@ def _end(head: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    sys.exit(main(sys.argv[1:]))
+    run_job(main)

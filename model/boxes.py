@@ -29,10 +29,11 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     Returns:
         (..., N, M) in 0..1; 0 where either box has no area.
     """
-    left_top = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])  # (..., N, M, 2)
-    right_bottom = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
-    size = (right_bottom - left_top).clamp(min=0)
-    intersection = size[..., 0] * size[..., 1]  # (..., N, M)
+    left, top, right, bottom = boxes[..., :, None, :].unbind(dim=-1)  # (..., N, 1)
+    other_left, other_top, other_right, other_bottom = others[..., None, :, :].unbind(dim=-1)  # (..., 1, M)
+    width = (torch.minimum(right, other_right) - torch.maximum(left, other_left)).clamp(min=0)  # (..., N, M)
+    height = (torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)).clamp(min=0)
+    intersection = width * height
     union = box_area(boxes)[..., :, None] + box_area(others)[..., None, :] - intersection
     return torch.where(intersection > 0, intersection / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
 

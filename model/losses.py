@@ -1,7 +1,8 @@
 """The five losses; each is computed per image and then averaged over the images.
 
-So neither the number of workers nor accumulation changes the gradient: the mean over the global batch is the mean of
-the workers' means. An image without positives contributes 0 to the box and mask losses.
+So neither the number of workers nor accumulation changes the gradient of the losses: the mean over the global batch is
+the mean of the workers' means. (Batch norm, where it is used, still takes its statistics from one worker's images.)
+An image without positives contributes 0 to the box and mask losses.
 """
 
 from __future__ import annotations

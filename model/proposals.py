@@ -50,7 +50,7 @@ def propose(
         large_enough = (size >= min_size).all(dim=1)
         candidates = torch.where(large_enough[:, None], boxes[image], 0.0)
         candidate_scores = torch.where(large_enough, top_scores[image], float("-inf"))
-        # The only wait for the device in a training step: nms returns a size.
+        # A wait for the device: nms returns a size. (The other one of a training step is in `pyramid_roi_align`.)
         keep = nms(candidates, candidate_scores, config.nms_threshold)[:num_proposals]
         proposals[image, : len(keep)] = candidates[keep]
         valid[image, : len(keep)] = large_enough[keep]

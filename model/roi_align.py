@@ -49,7 +49,7 @@ def pyramid_roi_align(
     regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)  # (N, 5)
     output = pyramid[0].new_zeros(boxes.shape[0], pyramid[0].shape[1], pool_size, pool_size, dtype=torch.float32)
     for level, features in enumerate(pyramid):
-        rows = torch.nonzero(levels == level).flatten()
+        rows = torch.nonzero(levels == level).flatten()  # on a GPU a wait for the device
         # Also with no rows: every level then stays part of the graph, which data-parallel training relies on.
         pooled = roi_align(
             features.float(), regions[rows], pool_size, 1.0 / (4 * 2**level), SAMPLES_PER_SIDE, aligned=True

@@ -50,7 +50,7 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
     def pin_memory(self) -> Batch:
-        """Move to page-locked memory, from which a copy to a GPU runs beside the computation."""
+        """Move to page-locked memory, from which a copy to a GPU does not make the host wait."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     @property

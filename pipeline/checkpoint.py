@@ -36,6 +36,8 @@ class Description:
     """Steps done."""
     epoch: float
     """Epochs done."""
+    images_per_second: float
+    """Speed of the training so far."""
     metrics: dict[str, float]
     """Of the latest evaluation; empty before the first one."""
     class_names: list[str]
@@ -187,7 +189,7 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), or the
             id of an MLflow run (likewise).
         storage_path: where runs are.
-        mlflow_uri: tracking server or store, for an MLflow run.
+        mlflow_uri: tracking server or store of an MLflow run; by default the sqlite file in storage_path.
 
     Raises:
         UserError: there is no such thing.
@@ -199,9 +201,9 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         if checkpoint is not None:
             return checkpoint
     if re.fullmatch(r"[0-9a-f]{32}", reference):
-        from pipeline.tracking import download_checkpoint
+        from pipeline.tracking import default_uri, download_checkpoint
 
-        return download_checkpoint(reference, mlflow_uri)
+        return download_checkpoint(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     raise UserError(
         f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
         "nor the id of an MLflow run"

@@ -47,10 +47,17 @@ def connect(debug: bool) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        num_cpus = max(os.cpu_count() or 1, MIN_LOCAL_WORKERS) + MIN_CPUS_FOR_DATA
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=local_cpus(), include_dashboard=False, **quiet)
     if not debug:
         _quiet_data()
+
+
+def local_cpus() -> int:
+    """CPUs that a Ray of our own on this machine counts: one more than there are, and enough for two workers."""
+    import ray
+
+    there: int = ray._private.utils.get_num_cpus()  # minds a container's quota
+    return max(there, MIN_LOCAL_WORKERS) + MIN_CPUS_FOR_DATA
 
 
 def _quiet_data() -> None:
@@ -74,32 +81,47 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
     """
     use_gpu = scaling.accelerator == "gpu"
     if scaling.accelerator == "auto":
-        use_gpu = _num_that_fit(_nodes(), {"GPU": 1.0}) >= scaling.num_workers
-    resources = {"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
-    deadline = time.monotonic() + scaling.wait_for_nodes_minutes * 60
-    asked = False
-    while (shortage := _shortage(scaling.num_workers, resources)) is not None:
-        if not _has_autoscaler():
-            raise UserError(f"{shortage}, and no autoscaler can add nodes; lower --scaling.num_workers")
-        most = _most_that_autoscaler_brings()
-        for name, amount in resources.items():
-            if most is not None and amount * scaling.num_workers > most.get(name, 0):
-                raise UserError(
-                    f"{scaling.num_workers} workers need {amount * scaling.num_workers:g} {name}, the autoscaler may "
-                    f"bring at most {most.get(name, 0):g}; lower --scaling.num_workers or raise its max_workers"
-                )
-        if not asked:
-            _request(scaling.num_workers, resources)
-            say(f"cluster: {shortage}; waiting up to {scaling.wait_for_nodes_minutes:g} minutes for the autoscaler")
-            asked = True
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{shortage} after {scaling.wait_for_nodes_minutes:g} minutes of waiting for the autoscaler; "
-                "look at `ray status`, or raise --scaling.wait_for_nodes_minutes"
+        num_gpus = _num_that_fit(_nodes(), {"GPU": 1.0})
+        use_gpu = num_gpus >= scaling.num_workers
+        if 0 < num_gpus < scaling.num_workers:
+            say(
+                f"cluster: {num_gpus} GPUs for {scaling.num_workers} workers, so all train on CPUs; "
+                "see --scaling.accelerator"
             )
-        time.sleep(2)
+    resources = {"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
+    shortage = _shortage(scaling.num_workers, resources)
+    if shortage is not None:
+        _wait_for_nodes(scaling, resources, shortage, say)
     total_cpus = sum(node.get("CPU", 0.0) for node in _nodes())
     return Placement(use_gpu, resources, total_cpus - scaling.num_workers * resources["CPU"])
+
+
+def _wait_for_nodes(
+    scaling: ScalingSettings, resources: dict[str, float], shortage: str, say: Callable[[str], None]
+) -> None:
+    """Have an autoscaler bring what is lacking, up to a deadline."""
+    if not _has_autoscaler():
+        raise UserError(f"{shortage}, and no autoscaler can add nodes; lower --scaling.num_workers")
+    most = _most_that_autoscaler_brings()
+    for name, amount in resources.items():
+        if most is not None and amount * scaling.num_workers > most.get(name, 0):
+            raise UserError(
+                f"{scaling.num_workers} workers need {amount * scaling.num_workers:g} {name}, the autoscaler may "
+                f"bring at most {most.get(name, 0):g}; lower --scaling.num_workers or raise its max_workers"
+            )
+    say(f"cluster: {shortage}; waiting up to {scaling.wait_for_nodes_minutes:g} minutes for the autoscaler")
+    deadline = time.monotonic() + scaling.wait_for_nodes_minutes * 60
+    _request([resources] * scaling.num_workers + [{"CPU": float(MIN_CPUS_FOR_DATA)}])
+    try:
+        while (lacking := _shortage(scaling.num_workers, resources)) is not None:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{lacking} after {scaling.wait_for_nodes_minutes:g} minutes of waiting for the autoscaler; "
+                    "look at `ray status`, or raise --scaling.wait_for_nodes_minutes"
+                )
+            time.sleep(2)
+    finally:
+        _request([])  # a request holds until it is replaced, and would keep the nodes after the run
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -148,8 +170,8 @@ def _most_that_autoscaler_brings() -> dict[str, float] | None:
     return most
 
 
-def _request(num_workers: int, resources: dict[str, float]) -> None:
-    """Ask the autoscaler for room for the workers and for reading data."""
+def _request(bundles: list[dict[str, float]]) -> None:
+    """Ask the autoscaler for room for these, in place of what was asked for before."""
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[resources] * num_workers + [{"CPU": MIN_CPUS_FOR_DATA}])
+    request_resources(bundles=bundles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
 import traceback
@@ -26,18 +27,29 @@ class ConfigurationError(UserError):
 
 
 def run_job(main: Callable[[list[str]], None]) -> None:
-    """Run a job's main function; what the user can mend becomes one line and an exit code, the rest a traceback."""
+    """Run a job's main function; whatever goes wrong becomes one line and an exit code; --debug adds the traceback."""
     arguments = sys.argv[1:]
     try:
         main(arguments)
-    except UserError as error:
+    except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - what a job says to a person
+        print(f"error: {_explain_failure(error)}", file=sys.stderr)  # noqa: T201 - what a job says to a person
         sys.exit(CONFIG_EXIT_CODE if isinstance(error, ConfigurationError) else FAILURE_EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
         sys.exit(130)
+
+
+def _explain_failure(error: BaseException) -> str:
+    """One line: the user's mistake as it is worded, anything else with its type and how to see more."""
+    cause = getattr(error, "cause", None)  # of a Ray task's error, whose own text is a traceback
+    if isinstance(cause, BaseException):
+        return _explain_failure(cause)
+    if isinstance(error, UserError):
+        return str(error)
+    text = _one_line(str(error).strip().splitlines()[-1]) if str(error).strip() else "no message"
+    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def say(line: str) -> None:
@@ -80,7 +92,9 @@ def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | No
     try:
         namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
     except ArgumentError as error:
-        raise ConfigurationError(explain(str(error))) from error
+        files = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
+        where = f"{', '.join(files)}: " if files and not _names_key(str(error)) else ""
+        raise ConfigurationError(where + explain(str(error))) from error
     values = namespace.as_dict()
     parts = {name: values[name] for name in ExperimentConfig.model_fields}
     try:
@@ -158,6 +172,11 @@ def explain(message: str) -> str:
         expected = "; ".join(dict.fromkeys(inputs)) or _one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
         return f"{key}: {expected.rstrip('. ')}{_range_of(key)}" + (f", got {_one_line(value[1])}" if value else "")
     return _one_line(message)
+
+
+def _names_key(message: str) -> bool:
+    """Whether the parser's message is about a key, and not about the syntax of a file."""
+    return not message.startswith(("Problems parsing config", "Unexpected config"))
 
 
 def explain_validation(error: ValidationError) -> str:

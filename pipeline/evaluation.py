@@ -15,7 +15,7 @@ from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
 from model.postprocess import to_original
 from model.structures import Detections
-from pipeline.preprocess import num_mask_bytes, unpack_mask
+from pipeline.sample import unpack_row_masks
 from pipeline.shards import Manifest, ShardSet
 from pipeline.training import autocast
 
@@ -122,13 +122,10 @@ def ground_truth(values: dict[str, Any]) -> list[Json]:
     """Annotations of one row as COCO annotations, masks exactly as they were before sharding."""
     from pycocotools import mask as coco_mask
 
-    annotations, offset = [], 0
-    for index, (left, top, right, bottom) in enumerate(values["mask_boxes"].reshape(-1, 4).tolist()):
-        num_bytes = num_mask_bytes(bottom - top, right - left)
-        bits = values["mask_bits"][offset : offset + num_bytes]
-        offset += num_bytes
+    annotations = []
+    for index, ((left, top, right, bottom), crop) in enumerate(unpack_row_masks(values)):
         mask = np.zeros((values["height"], values["width"]), dtype=np.uint8, order="F")
-        mask[top:bottom, left:right] = unpack_mask(bits, bottom - top, right - left)
+        mask[top:bottom, left:right] = crop
         annotations.append(
             {
                 "image_id": values["row"],
@@ -172,7 +169,8 @@ def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: 
         num_classes: C, with the background.
 
     Returns:
-        The numbers of `AP_METRICS`; -1 where there is no object of that size at all, as in pycocotools.
+        The numbers of `AP_METRICS`; -1 where there is no object of that size at all, as in pycocotools. By size, false
+        positives count by the area of their box, also for masks.
 
     Raises:
         RuntimeError: not every row was seen exactly once.
@@ -210,7 +208,7 @@ def coco_average_precision(
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth.dataset = {"images": list(images), "categories": categories, "annotations": _numbered(annotations)}
         truth.createIndex()
-        # Its loadRes takes areas of boxes for masks too; the area decides the size class, so we keep to that.
+        # As its loadRes does with results that have both: the area of the box decides the size class, for masks too.
         detections = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
         found.dataset = {"images": list(images), "categories": categories, "annotations": _numbered(detections)}
         found.createIndex()

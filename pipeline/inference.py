@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import EvaluatedRow, average_precision, evaluate_rows, rows_of_worker
 from pipeline.prepare import PreparedData
-from pipeline.preprocess import UInt8Array, choose_canvas, decode_image, resize_image
+from pipeline.preprocess import UInt8Array, choose_canvas, decode_image, image_to_rgb, resize_image
 from pipeline.shards import ShardSet
 from pipeline.training import autocast, autocast_dtype
 
@@ -91,7 +92,7 @@ def _to_array(image: UInt8Array | Image.Image | str | Path) -> UInt8Array:
     if isinstance(image, str | Path):
         return decode_image(Path(image).read_bytes())
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        return image_to_rgb(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(f"expected an image of shape (H, W, 3) and type uint8, got {image.shape} and {image.dtype}")
     return image
@@ -118,28 +119,30 @@ def evaluate_checkpoint(
 
     manifest = ShardSet(data.validation).manifest
     check_same_classes(read_description(folder), list(manifest.class_names), folder)
-    load_model_state(folder, MaskRCNN(config.model, manifest.num_classes))  # here, for a clear error before any task
+    model = MaskRCNN(config.model, manifest.num_classes)
+    load_model_state(folder, model)
+    sent = ray.put(model)  # not the folder: it may be on this node alone
+    device = "cuda" if placement.use_gpu else "cpu"
     num_tasks = min(config.scaling.num_workers, manifest.num_rows)
     task = ray.remote(_evaluate_part).options(
         num_cpus=placement.resources_per_worker["CPU"], num_gpus=placement.resources_per_worker.get("GPU", 0)
     )
     dumped = config.model_dump(mode="json")
-    parts = ray.get([task.remote(dumped, folder, data.validation, part, num_tasks) for part in range(num_tasks)])
+    parts = ray.get([task.remote(dumped, sent, device, data.validation, part, num_tasks) for part in range(num_tasks)])
     seen = [entry for part in parts for entry in part]
     return average_precision(seen, manifest.num_rows, manifest.num_classes)
 
 
 def _evaluate_part(
-    dumped: dict[str, Any], folder: str, validation: str, part: int, num_parts: int
+    dumped: dict[str, Any], model: MaskRCNN, device_type: str, validation: str, part: int, num_parts: int
 ) -> list[EvaluatedRow]:
     """Ray task: evaluate every num_parts-th row."""
     config = ExperimentConfig.model_validate(dumped)
     shards = ShardSet(validation)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type)
     if device.type == "cpu":
         torch.set_num_threads(config.scaling.cpus_per_worker)
-    model = MaskRCNN(config.model, shards.manifest.num_classes)
-    load_model_state(folder, model)
+    model = copy.deepcopy(model)  # what comes out of the object store is read-only
     model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     rows = rows_of_worker(len(shards), part, num_parts)
     return evaluate_rows(model, shards, rows, BATCH_SIZE, autocast_dtype(config.train.precision, device.type))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import uuid
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
     Raises:
         UserError: the run was begun with another configuration.
     """
+    tracking_uri(config)  # shown before anything is read or started
     folder = run_state.run_folder(config)
     state, result = run_state.read_run(folder), run_state.read_result(folder)
     if state is not None:
@@ -72,6 +74,8 @@ def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, A
     try:
         with ProgressDisplay(tracker, say):
             result = _fit(config, data, placement, tracker_name)
+        if "error" in result.return_value:
+            raise UserError(f"training failed: {result.return_value['error']}")
         status = "FINISHED"
         summary = _summarise(config, result, run_id, time.monotonic() - started)
         _record_artifacts(tracker, config, shards, result)
@@ -118,6 +122,15 @@ def _explain(
     say(f"train: {'going on with' if resumed else 'beginning'} run {config.run.name} in {folder}")
 
 
+def tracking_uri(config: ExperimentConfig) -> str:
+    """Where MLflow records.
+
+    Raises:
+        UserError: run.storage_path is a bucket and no server is named.
+    """
+    return config.run.mlflow_uri or default_uri(storage.absolute(config.run.storage_path))
+
+
 def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
     """The tracker as an actor on this node, which lives as long as the driver."""
     import ray
@@ -125,9 +138,9 @@ def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     storage_path = storage.absolute(config.run.storage_path)
-    uri = config.run.mlflow_uri or default_uri(storage_path)
-    artifacts = None
-    if config.run.mlflow_uri is None:
+    uri = tracking_uri(config)
+    artifacts = None  # a server has its own place for them
+    if uri.startswith("sqlite:") and not storage.is_url(storage_path):
         Path(storage_path).mkdir(parents=True, exist_ok=True)
         artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
     options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
@@ -151,7 +164,8 @@ def _begin_run(
     run_id: str | None = ray.get(tracker.start.remote(state.mlflow_run_id if state else None, flatten(resolved)))
     begun_with = state.config if state else resolved
     digests = shards.manifest.digest, validation.manifest.digest
-    run_state.write_run(folder, run_state.RunState(begun_with, *digests, run_id))
+    known_id = run_id or (state.mlflow_run_id if state else None)  # MLflow may be away now and back later
+    run_state.write_run(folder, run_state.RunState(begun_with, *digests, known_id))
     if state is None:
         tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
         class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
@@ -189,12 +203,18 @@ def _fit(config: ExperimentConfig, data: PreparedData, placement: Placement, tra
             ),
         ),
     )
+    handler = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
-        reasons = sorted({f"worker {rank}: {_last_line(failure)}" for rank, failure in failures.items()})
-        raise UserError(f"training failed: {'; '.join(reasons) or _last_line(error)}") from error
+        reasons = sorted({_last_line(failure) for failure in failures.values()}) or [_last_line(error)]
+        where = f" on workers {sorted(failures)}" if failures else ""
+        raise UserError(f"training failed{where}: {'; '.join(reasons)}") from error
+    except SystemExit as stopped:  # Ray Train's own handler of Ctrl-C has aborted the run
+        raise KeyboardInterrupt from stopped
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _last_line(error: BaseException) -> str:
@@ -206,7 +226,7 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
     """What the job prints; the metrics are those of the checkpoint that it names, the best one."""
     best = _best_checkpoint(result)
     with best.as_directory() as folder:
-        metrics = read_description(folder).metrics
+        metrics = read_description(folder).metrics or result.return_value["metrics"]
     return {
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],

@@ -85,6 +85,10 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     """
     data = config.data
     root = storage.absolute(data.root)
+    if data.shards is not None and not _any_annotations(config, root):
+        ready = _shards_alone(storage.absolute(data.shards))
+        if ready is not None:
+            return ready
     if data.synthetic is not None and write_shapes(root, data.synthetic):
         say(f"data: wrote the shapes data set to {root}")
     training_files = [read_coco_file(source, root) for source in data.sources]
@@ -98,6 +102,23 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
         _check_split("training", storage.join(folder, "training"), training_key, training_files, class_map),
         _check_split("validation", storage.join(folder, "validation"), validation_key, validation_files, class_map),
     )
+
+
+def _any_annotations(config: ExperimentConfig, root: str) -> bool:
+    """Whether one of the annotation files is there, or can be made."""
+    sources = [*config.data.sources, *config.data.validation_sources]
+    return config.data.synthetic is not None or any(
+        storage.exists(storage.absolute(source.annotations, root)) for source in sources
+    )
+
+
+def _shards_alone(folder: str) -> CheckedData | None:
+    """Shards that were brought without the files they were made from; None where they are not there either."""
+    folders = {name: storage.join(folder, name) for name in ("training", "validation")}
+    if not all(storage.exists(storage.join(path, MANIFEST)) for path in folders.values()):
+        return None
+    splits = {name: CheckedSplit(name, path, "", True, [], [], []) for name, path in folders.items()}
+    return CheckedData(ClassMap(read_manifest(folders["training"]).class_names), **splits)
 
 
 def write(config: ExperimentConfig, checked: CheckedData, say: Say) -> PreparedData:

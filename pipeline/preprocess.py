@@ -54,6 +54,11 @@ def decode_image(content: bytes, height: int | None = None, width: int | None = 
     return array
 
 
+def image_to_rgb(image: Image.Image) -> UInt8Array:
+    """(H, W, 3) uint8 of an open Pillow image, as `decode_image` gives it for its file."""
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
 def _to_rgb(image: Image.Image) -> UInt8Array:
     if image.mode.startswith("I") or image.mode == "F":  # 16 bit and more: Pillow would clip instead of scale
         values = np.asarray(image, dtype=np.float64)

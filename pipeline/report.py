@@ -12,13 +12,15 @@ from PIL import Image, ImageDraw
 
 from model.masks import paste_masks
 from model.structures import Detections
-from pipeline.preprocess import UInt8Array, num_mask_bytes, unpack_mask
+from pipeline.preprocess import UInt8Array
+from pipeline.sample import unpack_row_masks
 
 _COLOURS = (
     (230, 60, 60), (60, 160, 240), (70, 200, 90), (250, 190, 40), (180, 90, 230), (60, 210, 210), (245, 130, 190),
     (160, 120, 60),
 )  # fmt: skip
 MIN_PICTURE_SIDE = 400
+MAX_PICTURE_SIDE = 1024
 SHOWN_SCORE = 0.5
 _MARGIN = 4
 
@@ -30,7 +32,7 @@ def draw_objects(
     labels: Sequence[str],
     colours: Sequence[int],
 ) -> Image.Image:
-    """An image with masks laid over it, outlined boxes and labels; small images are enlarged.
+    """An image with masks laid over it, outlined boxes and labels; small images are enlarged, large ones reduced.
 
     Args:
         image: (H, W, 3) RGB.
@@ -54,6 +56,7 @@ def draw_objects(
             place = draw.textbbox((x0 + 1, y0), label)
             draw.rectangle(place, fill=(0, 0, 0))
             draw.text((x0 + 1, y0), label, fill=paint)
+    picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return picture
 
 
@@ -103,11 +106,8 @@ def _label(name: str, score: float | None, class_names: Sequence[str]) -> str:
 def _ground_truth_picture(image: UInt8Array, values: dict[str, Any], class_names: Sequence[str]) -> Image.Image:
     boxes = values["mask_boxes"].reshape(-1, 4)
     masks = np.zeros((len(boxes), *image.shape[:2]), dtype=bool)
-    offset = 0
-    for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
-        end = offset + num_mask_bytes(bottom - top, right - left)
-        mask[top:bottom, left:right] = unpack_mask(values["mask_bits"][offset:end], bottom - top, right - left)
-        offset = end
+    for mask, ((left, top, right, bottom), crop) in zip(masks, unpack_row_masks(values), strict=True):
+        mask[top:bottom, left:right] = crop
     classes = values["classes"].tolist()
     labels = [_label(class_names[class_id - 1], None, class_names) for class_id in classes]
     return draw_objects(image, masks, boxes.astype(np.float32), labels, _colours(classes, class_names))

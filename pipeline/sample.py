@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from model.structures import Batch
-from pipeline.preprocess import UInt8Array, num_mask_bytes
+from pipeline.preprocess import UInt8Array, num_mask_bytes, unpack_mask
 
 MIN_GROUND_TRUTH_SLOTS = 8
 """Slots are a power of two and at least these, so that few shapes occur."""
@@ -81,6 +81,15 @@ def mask_offsets(mask_sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     """(N + 1,) first byte of every mask, and the end of the last."""
     sizes = [num_mask_bytes(int(height), int(width)) for height, width in mask_sizes.reshape(-1, 2)]
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def unpack_row_masks(values: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int, int, int], npt.NDArray[np.bool_]]]:
+    """For each object of a row of the shards its mask box xyxy in original pixels and the (h, w) mask inside of it."""
+    offset = 0
+    for left, top, right, bottom in values["mask_boxes"].reshape(-1, 4).tolist():
+        end = offset + num_mask_bytes(bottom - top, right - left)
+        yield (left, top, right, bottom), unpack_mask(values["mask_bits"][offset:end], bottom - top, right - left)
+        offset = end
 
 
 def sample_to_values(sample: Sample) -> dict[str, Any]:

@@ -239,8 +239,12 @@ class ShardSet:
         shard = self.manifest.shards[index]
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        reader = _open_shard(storage.join(self.folder, shard["name"]), shard["sha256"])
-        return _to_arrays(reader.get_batch(row - shard["first_row"]))
+        path = storage.join(self.folder, shard["name"])
+        reader = _open_shard(path, shard["sha256"], shard["num_bytes"])
+        try:
+            return _to_arrays(reader.get_batch(row - shard["first_row"]))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: row {row} is damaged ({error}); {_again(self.folder)}") from error
 
     def read_rows(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Rows one after the other."""
@@ -248,12 +252,14 @@ class ShardSet:
 
 
 @lru_cache(maxsize=64)
-def _open_shard(path: str, sha256: str) -> Any:
+def _open_shard(path: str, sha256: str, num_bytes: int) -> Any:
     """Reader of one shard; a process keeps the latest ones open, by their content."""
     del sha256  # part of the cache's key: a file of the same name may have been written anew
     filesystem, inner = storage.open_filesystem(path)
     try:
         file = filesystem.open_input_file(inner) if storage.is_url(path) else pa.memory_map(inner)
+        if file.size() != num_bytes:
+            raise pa.ArrowInvalid(f"{file.size()} bytes, expected {num_bytes}")
         return pa.ipc.open_file(file)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: missing or damaged ({error}); {_again(path.rsplit('/', 1)[0])}") from error

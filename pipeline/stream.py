@@ -55,7 +55,7 @@ class StreamPlan:
         return len(self.row_canvases)
 
     def steps_of_epochs(self, epochs: float) -> int:
-        """Steps after which the given number of epochs has been seen in full."""
+        """Steps that take the rows of the given number of epochs (with several canvases some of them still wait)."""
         return math.ceil(round(epochs * self.num_rows, 6) / self.global_batch_size)
 
     def epoch_order(self, epoch: int) -> Int64Array:
@@ -199,7 +199,7 @@ class PauseBetweenSteps:
     """Execution callback of Ray Data that keeps its scheduling loop from spinning.
 
     While the consumers are behind, no task runs and the loop has nothing to wait for: it was seen to take half of a CPU
-    from the training beside it (Ray 2.60). Loading is far ahead then, so a pause costs nothing.
+    from the training beside it (Ray 2.60). A short pause after every turn ends that; a turn dispatches all it can.
     """
 
     def before_execution_starts(self, executor: Any) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from model.structures import Batch
 from pipeline import storage
 from pipeline.config import SyntheticSettings
+from pipeline.errors import UserError
 from pipeline.preprocess import pack_mask
 from pipeline.sample import Sample, collate, sample_to_values
 
@@ -38,9 +39,13 @@ def write_shapes(root: str, settings: SyntheticSettings) -> bool:
 
     Returns:
         Whether anything was written.
+
+    Raises:
+        UserError: there is a data set, but not the one of these settings.
     """
     annotation_paths = [storage.join(root, f"annotations/instances_{split}.json") for split in _SPLITS]
     if all(storage.exists(path) for path in annotation_paths):
+        _check_settings(annotation_paths[0], settings)
         return False
     for split, path in zip(_SPLITS, annotation_paths, strict=True):
         content = _annotations(split, settings)
@@ -52,11 +57,27 @@ def write_shapes(root: str, settings: SyntheticSettings) -> bool:
     return True
 
 
+def _check_settings(path: str, settings: SyntheticSettings) -> None:
+    """Refuse a data set that was made from other settings, or by someone else."""
+    try:
+        info = json.loads(storage.read_bytes(path)).get("info", {})
+    except ValueError:
+        return  # the reader of the file says what is wrong with it
+    if info.get("shapes") != settings.model_dump():
+        raise UserError(
+            f"{path}: holds other data than data.synthetic asks for; delete the folder, name another data.root, "
+            "or leave data.synthetic out to train on what is there"
+        )
+
+
 def digest_of_shapes(settings: SyntheticSettings) -> str:
     """SHA-256 over all annotations and pixels: two machines with the same digest train on the same data."""
     digest = hashlib.sha256()
     for split in _SPLITS:
-        digest.update(json.dumps(_annotations(split, settings), sort_keys=True).encode())
+        content = _annotations(split, settings)
+        digest.update(
+            json.dumps({key: content[key] for key in sorted(content.keys() - {"info"})}, sort_keys=True).encode()
+        )
         for pixels in _pictures(split, settings):
             digest.update(pixels.tobytes())
     return digest.hexdigest()
@@ -170,4 +191,5 @@ def _annotations(split: str, settings: SyntheticSettings) -> dict[str, Any]:
                 }
             )
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(SHAPE_NAMES)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    info = {"description": "shapes data set", "shapes": settings.model_dump()}
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}

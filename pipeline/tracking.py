@@ -110,6 +110,8 @@ class Tracker:
         mark = max((self._marks[name] for name in MARK_METRICS if name in self._marks and name in metrics), default=-1)
         if self._run_id is None or step <= mark:
             return
+        # Marked also now: workers that are restarted from a checkpoint log their steps again, to this same tracker.
+        self._marks |= {name: step for name in MARK_METRICS if name in metrics}
         rows = [(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
         with self._lock:
             self._pending = (self._pending + rows)[-MAX_PENDING:]
@@ -214,7 +216,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def download_checkpoint(run_id: str, uri: str | None) -> str:
+def download_checkpoint(run_id: str, uri: str) -> str:
     """Local folder with the best checkpoint of an MLflow run.
 
     Raises:

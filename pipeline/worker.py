@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from model.mask_rcnn import MaskRCNN
+from model.structures import Batch
 from pipeline.checkpoint import (
     Description,
     check_same_classes,
@@ -21,6 +23,7 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.config import ExperimentConfig
+from pipeline.errors import UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.prepare import PreparedData
@@ -28,10 +31,11 @@ from pipeline.report import draw_comparison
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
-from pipeline.training import STEP_METRICS, autocast_dtype, check_finite, train_step
+from pipeline.training import STEP_METRICS, NonFiniteLossError, autocast_dtype, check_finite, train_step
 
 NUM_PICTURES = 4
 EVALUATION_BATCH_SIZE = 8
+MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a millisecond before the first batch comes
 
 
 def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
@@ -68,11 +72,16 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             cpus_for_data.
 
     Returns:
-        On rank 0 counts: the steps done, and images_per_second since this start.
+        Of rank 0: the steps done, images_per_second, and the metrics of the last evaluation; or an error that another
+        attempt would only repeat.
     """
-    worker = Worker(settings)
-    worker.restore()
-    worker.train()
+    try:
+        worker = Worker(settings)
+        worker.restore()
+        worker.train()
+    except (UserError, NonFiniteLossError) as error:
+        # Every worker comes to the same; raised, it would be tried again from the last checkpoint, to the same end.
+        return {"error": str(error)}
     return worker.summary()
 
 
@@ -112,7 +121,7 @@ class Worker:
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.step = 0
         self.metrics: dict[str, float] = {}
-        self.images_trained, self.seconds_trained = 0, 0.0
+        self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
         self.gloo = self._object_group()
 
     def restore(self) -> None:
@@ -128,10 +137,13 @@ class Worker:
             load_model_state(folder, self.model)
             load_optimizer_state(folder, self.optimizer)
         self.step, self.metrics = description.step, description.metrics
+        self.speed_before = description.images_per_second
 
     def train(self) -> None:
         """Step through the rest of the plan."""
         if self.step >= self.last_step:
+            if not self.metrics:
+                self._evaluate()
             return
         import ray.train.torch
 
@@ -142,7 +154,7 @@ class Worker:
         checkpointed_at = time.monotonic()
         fetched: list[Tensor] = []
         pace = _Pace()
-        batches = iter(self._stream())
+        batches = self._batches()
         while self.step < self.last_step:
             waiting_since = time.monotonic()
             batch = next(batches)
@@ -169,11 +181,17 @@ class Worker:
 
     def summary(self) -> dict[str, Any]:
         """How far and how fast it went."""
-        pace = self.images_trained / self.seconds_trained if self.seconds_trained else 0.0
-        return {"steps": self.step, "images_per_second": round(pace, 2)}
+        return {"steps": self.step, "images_per_second": round(self._speed(), 2), "metrics": self.metrics}
 
-    def _stream(self) -> PlannedBatches:
-        """Rows of this worker from the present step on; rank 0 builds the stream for all.
+    def _batches(self) -> Iterator[Batch]:
+        """Batches of this worker from the present step to the last."""
+        per_block = steps_per_block(self.shards.manifest.canvases, self.config.train.batch_size_per_worker)
+        steps = max(1, MAX_BLOCKS_PER_STREAM // self.num_workers) * per_block
+        for first_step in range(self.step, self.last_step, steps):
+            yield from self._stream(first_step, min(first_step + steps, self.last_step), per_block)
+
+    def _stream(self, first_step: int, last_step: int, per_block: int) -> PlannedBatches:
+        """Batches of this worker for some steps; rank 0 builds the stream for all.
 
         Not through `datasets=` of the trainer: only here is it known from which checkpoint the run goes on.
         """
@@ -183,8 +201,7 @@ class Worker:
         if self.rank == 0:
             manifest = self.shards.manifest
             settings = self.config.train
-            per_block = steps_per_block(manifest.canvases, settings.batch_size_per_worker)
-            blocks = planned_blocks(self.plan, self.step, self.last_step, self.num_workers, per_block)
+            blocks = planned_blocks(self.plan, first_step, last_step, self.num_workers, per_block)
             load = LoadBlock(self.data.training, manifest.digest, self.config.augment, settings.seed)
             store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
             iterators = split_stream(blocks, load, self.num_workers, self.cpus_for_data, store_bytes)
@@ -192,8 +209,8 @@ class Worker:
         return PlannedBatches(
             iterators[self.rank],
             self.shards.manifest.active_classes(),
-            self.step,
-            self.last_step,
+            first_step,
+            last_step,
             self.rank,
             self.config.train.batch_size_per_worker,
             self.num_workers,
@@ -240,6 +257,10 @@ class Worker:
 
     def _evaluate(self) -> None:
         """COCO AP on the validation rows, shared out among the workers."""
+        if self.num_workers > 1:
+            # Norm statistics are each worker's own since the last forward pass; rank 0's go into the checkpoint.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
         seen = evaluate_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
         everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
@@ -283,6 +304,7 @@ class Worker:
             description = Description(
                 step=self.step,
                 epoch=self._epoch(),
+                images_per_second=self._speed(),
                 metrics=self.metrics if evaluated else {},
                 class_names=list(self.shards.manifest.class_names),
                 manifest_digest=self.shards.manifest.digest,
@@ -308,6 +330,10 @@ class Worker:
         if self.tracker is not None:
             place = {"step": self.step, "last_step": self.last_step, "epoch": self._epoch()}
             self.tracker.set_progress.options(concurrency_group=SHOW_GROUP).remote({**place, **news})
+
+    def _speed(self) -> float:
+        """Images a second over the steps since this start, or those before where there are none."""
+        return self.images_trained / self.seconds_trained if self.seconds_trained else self.speed_before
 
     def _epoch(self) -> float:
         return self.step * self.config.global_batch_size / self.plan.num_rows

@@ -148,10 +148,7 @@ def test_the_best_checkpoint_evaluates_to_what_training_saw(trained: Outcome, co
     assert best == trained.last_line["checkpoint"]
     metrics = read_description(trained.last_line["checkpoint"]).metrics
     for reference in ("small", trained.last_line["mlflow_run_id"]):
-        outcome = run_job(
-            "evaluate", "--config", config, "--checkpoint", reference,
-            "--run.mlflow_uri", default_uri(str(folder / "runs")),
-        )  # fmt: skip
+        outcome = run_job("evaluate", "--config", config, "--checkpoint", reference)
         assert outcome.exit_code == 0, outcome.errors
         for name in AP_METRICS:
             assert outcome.last_line[name] == pytest.approx(metrics[name], abs=5e-5), name

@@ -35,7 +35,7 @@ CONFIG = ExperimentConfig(model=thin_model())
 
 
 def describe(step: int = 12, **metrics: float) -> Description:
-    return Description(step, 1.5, metrics, list(CLASS_NAMES), "digest", CONFIG.model_dump(mode="json"))
+    return Description(step, 1.5, 20.0, metrics, list(CLASS_NAMES), "digest", CONFIG.model_dump(mode="json"))
 
 
 def thin(seed: int = 0, config: ModelConfig = CONFIG.model, num_classes: int = 4) -> MaskRCNN:

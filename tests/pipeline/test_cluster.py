@@ -27,7 +27,7 @@ def set_cluster(
     monkeypatch.setattr(cluster, "_nodes", lambda: now[0])
     monkeypatch.setattr(cluster, "_has_autoscaler", lambda: autoscaler)
     monkeypatch.setattr(cluster, "_most_that_autoscaler_brings", lambda: most)
-    monkeypatch.setattr(cluster, "_request", lambda *args: asked.append(args))
+    monkeypatch.setattr(cluster, "_request", asked.append)
     monkeypatch.setattr(time, "sleep", sleep)
     return asked
 
@@ -53,7 +53,9 @@ def test_a_worker_never_spans_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_are_taken_where_every_worker_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     set_cluster(monkeypatch, [{"CPU": 8.0, "GPU": 2.0}])
     assert place(num_workers=2) == cluster.Placement(True, {"CPU": 1.0, "GPU": 1.0}, 6.0)
-    assert not place(num_workers=3).use_gpu
+    said: list[str] = []
+    assert not cluster.place_workers(ScalingSettings(num_workers=3), said.append).use_gpu
+    assert said == ["cluster: 2 GPUs for 3 workers, so all train on CPUs; see --scaling.accelerator"]
     assert not place(num_workers=2, accelerator="cpu").use_gpu
     with pytest.raises(UserError, match="3 workers of 1 CPU and 1 GPU each do not fit into the cluster, which holds 2"):
         place(num_workers=3, accelerator="gpu")
@@ -72,17 +74,18 @@ def test_with_an_autoscaler_it_is_asked_once_and_waited_for(monkeypatch: pytest.
     said: list[str] = []
     placement = cluster.place_workers(ScalingSettings(num_workers=4), said.append)
     assert placement.cpus_for_data == 3.0
-    assert asked == [(4, {"CPU": 1.0})]
+    assert asked == [[{"CPU": 1.0}] * 5, []], "asked once, and withdrawn: a request would hold for ever"
     assert len(said) == 1
     assert "waiting up to 30 minutes" in said[0]
 
 
 def test_waiting_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_cluster(monkeypatch, [{"CPU": 3.0}], autoscaler=True)
+    asked = set_cluster(monkeypatch, [{"CPU": 3.0}], autoscaler=True)
     clock = itertools.count(0, 20)
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(UserError, match="after 1 minutes of waiting for the autoscaler"):
         place(num_workers=4, wait_for_nodes_minutes=1)
+    assert asked[-1] == []
 
 
 def test_more_than_the_autoscaler_may_bring_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -258,13 +259,45 @@ def test_mistakes_end_with_a_line_and_an_exit_code(
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_no_mistake_of_the_user_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("first\nours"), "error: RuntimeError: ours (--debug shows where)\n"),
+        (OSError("disk full"), "error: OSError: disk full (--debug shows where)\n"),
+        (AssertionError(), "error: AssertionError: no message (--debug shows where)\n"),
+    ],
+)  # fmt: skip
+def test_what_is_no_mistake_of_the_user_names_its_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
     def main(arguments: list[str]) -> None:
-        raise RuntimeError("ours")
+        raise error
 
-    monkeypatch.setattr(sys, "argv", ["job.py"])
-    with pytest.raises(RuntimeError, match="ours"):
-        run_job(main)
+    assert exit_code(monkeypatch, main) == 1
+    assert capsys.readouterr().err == line
+    assert exit_code(monkeypatch, main, "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_found_in_a_task_reads_as_one_found_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class TaskError(Exception):
+        cause = UserError("shard.arrow: missing")
+
+    def main(arguments: list[str]) -> None:
+        raise TaskError("Traceback\n of the other process")
+
+    assert exit_code(monkeypatch, main) == 1
+    assert capsys.readouterr().err == "error: shard.arrow: missing\n"
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: [\n")
+    with pytest.raises(ConfigurationError, match=re.escape(str(path))) as caught:
+        parse("A job.", ["--config", str(path)])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_job_reports_a_mistake_as_its_user_sees_it() -> None:

@@ -58,6 +58,20 @@ def test_second_time_nothing_is_written(prepared: Prepared) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(prepared.config.run.storage_path).rglob("*")} == before
 
 
+def test_shards_can_come_without_what_they_were_made_from(prepared: Prepared, tmp_path: Path) -> None:
+    shutil.copytree(Path(prepared.data.training).parent, tmp_path / "shards")
+    settings = {"root": str(tmp_path / "elsewhere"), "shards": str(tmp_path / "shards")}
+    data = prepared.config.data.model_copy(update=settings)
+    said: list[str] = []
+    brought = prepare(prepared.config.model_copy(update={"data": data}), said.append)
+    assert brought.training == str(tmp_path / "shards" / "training")
+    assert read_manifest(brought.training).digest == read_manifest(prepared.data.training).digest
+    assert all("shards are there" in line for line in said)
+    shutil.rmtree(tmp_path / "shards" / "validation")
+    with pytest.raises(UserError, match="no such annotation file"):
+        prepare(prepared.config.model_copy(update={"data": data}), said.append)
+
+
 def test_only_the_split_that_changed_is_written_again(local_ray: None, tmp_path: Path) -> None:
     two_sources(tmp_path)
     config = experiment(tmp_path, tmp_path / "runs", shards=str(tmp_path / "shards"))

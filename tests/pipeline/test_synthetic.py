@@ -8,6 +8,7 @@ from pycocotools.coco import COCO
 
 from pipeline import synthetic
 from pipeline.config import SyntheticSettings
+from pipeline.errors import UserError
 from pipeline.synthetic import (
     EMPTY_FRACTION,
     IMAGE_SIZE,
@@ -146,3 +147,11 @@ def test_interrupted_set_is_written_again(tmp_path: Path) -> None:
     assert write_shapes(str(tmp_path), SMALL)
     assert (tmp_path / "annotations" / "instances_val.json").exists()
     assert (tmp_path / "images" / "val_000003.png").exists()
+
+
+@pytest.mark.parametrize("change", [{"training_images": 13}, {"seed": 1}, {"validation_images": 1}])
+def test_another_data_set_than_the_one_asked_for_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    write_shapes(str(tmp_path), SMALL)
+    with pytest.raises(UserError, match=r"instances_train.json: holds other data than data.synthetic asks for"):
+        write_shapes(str(tmp_path), SMALL.model_copy(update=change))
+    assert not write_shapes(str(tmp_path), SMALL)

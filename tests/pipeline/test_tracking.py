@@ -64,6 +64,17 @@ def test_a_resumed_run_logs_no_step_twice(uri: str, tmp_path: Path) -> None:
     assert steps_of(uri, run_id, "epoch") == [3, 4]
 
 
+def test_workers_that_are_restarted_log_no_step_twice(uri: str, tmp_path: Path) -> None:
+    """The tracker outlives them: after a lost worker the steps since the last checkpoint come again."""
+    tracker = make_tracker(uri, tmp_path)
+    run_id = tracker.start(None, {})
+    assert run_id is not None
+    for step in (1, 2, 3, 2, 3, 4):
+        tracker.log(step, {"loss": float(step)})
+    tracker.finish("FINISHED")
+    assert steps_of(uri, run_id, "loss") == [1, 2, 3, 4]
+
+
 def test_a_run_that_was_begun_but_not_written_down_is_found_again(uri: str, tmp_path: Path) -> None:
     run_id = make_tracker(uri, tmp_path).start(None, {})
     assert make_tracker(uri, tmp_path).start(None, {}) == run_id
