@@ -173,11 +173,11 @@ def check_same_classes(description: Description, class_names: list[str], referen
     if description.class_names == class_names:
         return
     for index in range(max(len(description.class_names), len(class_names))):
-        ours = description.class_names[index] if index < len(description.class_names) else "nothing"
-        theirs = class_names[index] if index < len(class_names) else "nothing"
+        ours = repr(description.class_names[index]) if index < len(description.class_names) else "missing"
+        theirs = repr(class_names[index]) if index < len(class_names) else "missing"
         if ours != theirs:
             raise UserError(
-                f"{reference}: trained on other classes: class {index + 1} is {ours!r} there, {theirs!r} in the data "
+                f"{reference}: trained on other classes: class {index + 1} is {ours} there, {theirs} in the data "
                 f"({len(description.class_names)} against {len(class_names)} classes)"
             )
 

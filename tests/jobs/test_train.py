@@ -157,10 +157,13 @@ def test_the_best_checkpoint_evaluates_to_what_training_saw(trained: Outcome, co
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--model.box_head.channels", "64"], ["of another architecture", "box_head", "(32, ", "(64, "]),
+        (
+            ["--model.box_head.channels", "64"],
+            ["of another architecture", "box_head", "is (16, 32), the configured model has (16, 64)"],
+        ),
         (
             ["--data.sources", "[{annotations: annotations/two.json}]", "--data.synthetic", "null"],
-            ["trained on other classes", "class 3 is 'triangle' there, nothing in the data"],
+            ["trained on other classes", "class 3 is 'triangle' there, missing in the data"],
         ),
     ],
 )

@@ -283,8 +283,8 @@ def test_weights_that_the_model_lacks_are_named(tmp_path: Path) -> None:
     ("names", "expected"),
     [
         (["cat", "bird", "dog"], "class 2 is 'dog' there, 'bird' in the data (3 against 3 classes)"),
-        (["cat", "dog"], "class 3 is 'bird' there, 'nothing' in the data (3 against 2 classes)"),
-        ([*CLASS_NAMES, "owl"], "class 4 is 'nothing' there, 'owl' in the data (3 against 4 classes)"),
+        (["cat", "dog"], "class 3 is 'bird' there, missing in the data (3 against 2 classes)"),
+        ([*CLASS_NAMES, "owl"], "class 4 is missing there, 'owl' in the data (3 against 4 classes)"),
     ],
 )
 def test_other_classes_are_refused(names: list[str], expected: str) -> None:
