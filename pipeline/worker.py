@@ -23,7 +23,6 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.config import ExperimentConfig
-from pipeline.errors import UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.prepare import PreparedData
@@ -75,12 +74,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         Of rank 0: the steps done, images_per_second, and the metrics of the last evaluation; or an error that another
         attempt would only repeat.
     """
+    worker = Worker(settings)
+    worker.restore()
     try:
-        worker = Worker(settings)
-        worker.restore()
         worker.train()
-    except (UserError, NonFiniteLossError) as error:
-        # Every worker comes to the same; raised, it would be tried again from the last checkpoint, to the same end.
+    except NonFiniteLossError as error:
+        # All workers see the same averages and stop together; raised, it would be tried again, to the same end.
         return {"error": str(error)}
     return worker.summary()
 
