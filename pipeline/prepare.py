@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,10 +22,12 @@ from pipeline.coco import (
     unite_classes,
 )
 from pipeline.config import ExperimentConfig
+from pipeline.progress import duration
 from pipeline.shards import FORMAT_VERSION, MANIFEST, Manifest, Source, read_manifest, write_shards
 from pipeline.synthetic import write_shapes
 
 Say = Callable[[str], None]
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def _write_split(config: ExperimentConfig, split: CheckedSplit, class_map: Class
             config.data.rows_per_shard,
             [asdict(entry) for entry in split.dropped],
             split.key,
+            _progress_lines(split, say),
         )
     except BaseException:
         if not existed:
@@ -176,6 +180,21 @@ def _write_split(config: ExperimentConfig, split: CheckedSplit, class_map: Class
     if manifest.dropped:
         say(f"data: left out annotations: {count_reasons([Dropped(**entry) for entry in manifest.dropped])}")
     return manifest
+
+
+def _progress_lines(split: CheckedSplit, say: Say) -> Callable[[int], None]:
+    """Says now and then how far the writing of shards has come."""
+    started = said = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= PROGRESS_SECONDS:
+            said = now
+            left = duration((now - started) / max(done, 1) * (len(split.records) - done))
+            say(f"data: {split.name} shards: {done} of {len(split.records)} images, {left} left")
+
+    return show
 
 
 def _content_key(config: ExperimentConfig, files: Sequence[CocoFile], class_map: ClassMap) -> str:

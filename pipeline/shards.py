@@ -116,7 +116,7 @@ def write_shards(
     rows_per_shard: int,
     dropped: Sequence[dict[str, Any]],
     content_key: str,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Write records as shards, one Ray Data task a shard, then the manifest.
 
@@ -134,29 +134,14 @@ def write_shards(
     Raises:
         UserError: images that cannot be used; nothing but complete shards is left, and no manifest.
     """
-    import ray.data
-
     storage.delete_file(storage.join(folder, MANIFEST))  # of other content: its shards are about to be replaced
-    starts = range(0, len(records), rows_per_shard)
-    tables = [
-        pa.table({"row": list(range(first, first + len(chunk))), "record": [record.to_json() for record in chunk]})
-        for first, chunk in ((first, records[first : first + rows_per_shard]) for first in starts)
-    ]
-    dataset = ray.data.from_arrow(tables).map_batches(
-        _write_shard,
-        fn_kwargs={"folder": folder, "canvases": tuple(canvases)},
-        batch_size=None,
-        batch_format="pyarrow",
-    )
     shards, problems, all_dropped, done = [], [], list(dropped), 0
-    for row in dataset.iter_rows():
-        result = json.loads(row["result"])
+    for result in _run_tasks(folder, records, canvases, rows_per_shard):
         problems += result["problems"]
         all_dropped += result["dropped"]
         shards.append(result["shard"])
         done += result["shard"]["num_rows"]
-        if on_progress:
-            on_progress(done)
+        on_progress(done)
     if problems:
         first = sorted(problems)[0]
         more = f" (and {len(problems) - 1} more images)" if len(problems) > 1 else ""
@@ -176,6 +161,26 @@ def write_shards(
     if manifest.num_rows != len(records):
         raise RuntimeError(f"{folder}: {manifest.num_rows} rows written of {len(records)}")
     return manifest
+
+
+def _run_tasks(
+    folder: str, records: Sequence[ImageRecord], canvases: Sequence[tuple[int, int]], rows_per_shard: int
+) -> Iterator[dict[str, Any]]:
+    """What `_write_shard` says of every shard, in the order in which they get done."""
+    import ray.data
+
+    tables = []
+    for first in range(0, len(records), rows_per_shard):
+        chunk = records[first : first + rows_per_shard]
+        rows = list(range(first, first + len(chunk)))
+        tables.append(pa.table({"row": rows, "record": [record.to_json() for record in chunk]}))
+    dataset = ray.data.from_arrow(tables).map_batches(
+        _write_shard,
+        fn_kwargs={"folder": folder, "canvases": tuple(canvases)},
+        batch_size=None,
+        batch_format="pyarrow",
+    )
+    return (json.loads(row["result"]) for row in dataset.iter_rows())
 
 
 def read_manifest(folder: str) -> Manifest:

@@ -18,8 +18,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_progress_lines() -> Iterator[None]:
+    """How long shards take on a busy machine decides nothing about what a test is told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.prepare.PROGRESS_SECONDS", float("inf"))
+        yield
+
+
 @pytest.fixture(scope="session")
-def prepared(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(no_progress_lines: None, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Two training files with different classes and a validation file, as shards; not to be changed."""
     folder = tmp_path_factory.mktemp("prepared")
     contents = two_sources(folder / "data")

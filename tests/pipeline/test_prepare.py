@@ -72,6 +72,17 @@ def test_shards_can_come_without_what_they_were_made_from(prepared: Prepared, tm
         prepare(prepared.config.model_copy(update={"data": data}), said.append)
 
 
+def test_writing_shows_how_far_it_has_come(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.prepare.PROGRESS_SECONDS", 0.0)
+    two_sources(tmp_path / "data")
+    config = experiment(tmp_path / "data", tmp_path / "runs")
+    said: list[str] = []
+    prepare(config, said.append)
+    shown = [line for line in said if line.startswith("data: training shards: ")]
+    assert len(shown) == 6, "one for each shard of at most 4 rows"
+    assert shown[-1] == "data: training shards: 21 of 21 images, 0:00 left"
+
+
 def test_only_the_split_that_changed_is_written_again(local_ray: None, tmp_path: Path) -> None:
     two_sources(tmp_path)
     config = experiment(tmp_path, tmp_path / "runs", shards=str(tmp_path / "shards"))

@@ -87,7 +87,8 @@ def test_colours_repeat_beyond_the_last() -> None:
 def test_degenerate_box_is_drawn() -> None:
     image = noise(300, 300)
     boxes = np.array([[50, 60, 50, 60]], dtype=np.float32)
-    draw_objects(image, np.zeros((1, 300, 300), dtype=bool), boxes, ["cat"], [0])
+    picture = draw_objects(image, np.zeros((1, 300, 300), dtype=bool), boxes, ["cat"], [0])
+    assert picture.size == draw_objects(image, NO_MASKS, NO_BOXES, [], []).size
 
 
 def test_sheet_has_a_line_for_each_row(tmp_path: Path) -> None:
