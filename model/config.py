@@ -11,8 +11,6 @@ PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
-NUM_PYRAMID_LEVELS = 5  # P2, P3, P4, P5, P6
-
 
 class Config(BaseModel):
     """A frozen part of the configuration; an unknown key is an error, and so is a number that is not finite."""

@@ -12,6 +12,7 @@ from pipeline.preprocess import (
     ImageProblem,
     choose_canvas,
     decode_image,
+    image_to_rgb,
     num_mask_bytes,
     pack_mask,
     rasterise,
@@ -302,3 +303,16 @@ def test_packing_and_unpacking_is_the_identity() -> None:
         np.testing.assert_array_equal(again, mask)
         for side in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
             assert side.any()  # tight
+
+
+def test_an_open_picture_reads_as_its_file() -> None:
+    """Turned by EXIF and in 16 bit alike, so that predictions do not depend on who opened the file."""
+    gray = np.arange(0, 6000, 100, dtype=np.uint16).reshape(6, 10)
+    turned = Image.fromarray(noise(6, 10))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    for picture, options in ((Image.fromarray(gray), {}), (turned, {"exif": exif})):
+        file = io.BytesIO()
+        picture.save(file, format="PNG", **options)
+        with Image.open(io.BytesIO(file.getvalue())) as opened:
+            np.testing.assert_array_equal(image_to_rgb(opened), decode_image(file.getvalue()))
