@@ -15,18 +15,20 @@ from pipeline.command_line import parse, run_job, say
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, prepare, train, print the summary."""
+    """Parse, check data and initial weights, prepare, train, print the summary."""
     options = parse(__doc__ or "", arguments)
     config = options.experiment
 
     from pipeline import cluster, launch, prepare
+    from pipeline.initial_weights import initial_weights
 
     summary = launch.finished_summary(config, say)
     if summary is None:
         checked = prepare.check(config, say)  # before Ray is started: most mistakes show here
+        weights = initial_weights(config, checked.class_map.names, say)
         cluster.connect(options.debug)
         data = prepare.write(config, checked, say)
-        summary = launch.train(config, data, say)
+        summary = launch.train(config, data, weights, say)
     say(json.dumps(summary))
 
 

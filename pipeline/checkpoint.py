@@ -114,6 +114,19 @@ def read_description(folder: str) -> Description:
     return description
 
 
+def read_model_state(folder: str) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a local checkpoint.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = os.path.join(folder, MODEL_FILE)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
 def load_model_state(folder: str, model: MaskRCNN) -> None:
     """Put the weights of a checkpoint into a model; nothing is loaded partly.
 
@@ -121,10 +134,7 @@ def load_model_state(folder: str, model: MaskRCNN) -> None:
         UserError: the weights are of another architecture or number of classes, with the first difference.
     """
     path = os.path.join(folder, MODEL_FILE)
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    state = read_model_state(folder)
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:

@@ -57,16 +57,22 @@ def say(line: str) -> None:
     print(line, flush=True)  # noqa: T201 - what a job says to a person
 
 
-def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | None = None) -> SimpleNamespace:
+def parse(
+    description: str,
+    arguments: Sequence[str],
+    extra: dict[str, str] | None = None,
+    optional: dict[str, str] | None = None,
+) -> SimpleNamespace:
     """Parse a job's command line.
 
     Args:
         description: of the job, for --help.
         arguments: without the program's name.
         extra: further required options of the job (`--checkpoint`) and their help.
+        optional: further options that may be left out, which are None then.
 
     Returns:
-        Namespace with `experiment` (an `ExperimentConfig`), `debug`, and one entry for each extra option.
+        Namespace with `experiment` (an `ExperimentConfig`), `debug`, and one entry for each further option.
 
     Raises:
         ConfigurationError: unknown key, wrong type, value out of range, file that cannot be read.
@@ -86,6 +92,8 @@ def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | No
     parser.add_argument("--debug", action="store_true", help="show Ray's messages, and tracebacks of errors")
     for name, help_text in (extra or {}).items():
         parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
+    for name, help_text in (optional or {}).items():
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
     for name, field in ExperimentConfig.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
@@ -104,7 +112,8 @@ def parse(description: str, arguments: Sequence[str], extra: dict[str, str] | No
     if print_config:  # not the parser's own, which cannot write lists of sources
         say(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).rstrip())
         sys.exit(0)
-    return SimpleNamespace(experiment=experiment, debug=values["debug"], **{name: values[name] for name in extra or {}})
+    further = {name: values[name] for name in (*(extra or {}), *(optional or {}))}
+    return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
 
 
 def _help_formatter() -> type[argparse.HelpFormatter]:

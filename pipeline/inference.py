@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from model.mask_rcnn import MaskRCNN
 from model.masks import paste_masks
 from model.postprocess import to_original
 from model.structures import Detections
+from model.weights import is_import
 from pipeline.checkpoint import build_model, check_same_classes, load_model_state, read_description, resolve_checkpoint
 from pipeline.cluster import Placement
+from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import EvaluatedRow, average_precision, evaluate_rows, rows_of_worker
+from pipeline.initial_weights import NONE, Say, build_model_from, find_checkpoint
 from pipeline.prepare import PreparedData
 from pipeline.preprocess import UInt8Array, choose_canvas, decode_image, image_to_rgb, resize_image
 from pipeline.shards import ShardSet
@@ -98,30 +102,64 @@ def _to_array(image: UInt8Array | Image.Image | str | Path) -> UInt8Array:
     return image
 
 
-def evaluate_checkpoint(
-    config: ExperimentConfig, folder: str, data: PreparedData, placement: Placement
-) -> dict[str, float]:
-    """COCO AP of a checkpoint on the validation rows, shared out among tasks of the cluster.
+def find_weights(config: ExperimentConfig, checkpoint: str | None) -> str:
+    """What is to be evaluated: a source as in `model.weights`, or the local folder of a checkpoint of ours.
 
     Args:
-        config: model (thresholds may differ from the training's, the architecture may not), scaling.
-        folder: checkpoint that all nodes reach.
+        config: model.weights, and run, where runs are looked for.
+        checkpoint: what the user named, None for model.weights.
+
+    Raises:
+        ConfigurationError: nothing was named.
+        UserError: there is no such checkpoint.
+    """
+    source = checkpoint or config.model.weights
+    if source == NONE:
+        raise ConfigurationError("checkpoint: nothing to evaluate; name one with --checkpoint, or --model.weights")
+    return source if is_import(source) else find_checkpoint(source, config)
+
+
+def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[str], say: Say) -> MaskRCNN:
+    """The configured model with the weights that `find_weights` found, on the CPU.
+
+    Args:
+        config: model; thresholds may differ from the training's, the architecture may not.
+        weights: a source of another implementation, whose classes are taken by name, or a checkpoint of ours.
+        class_names: of classes 1..C-1 of the data.
+        say: takes lines for a person to read.
+
+    Raises:
+        UserError: weights of another architecture, or a checkpoint of other classes.
+    """
+    if is_import(weights):
+        model, report = build_model_from(config, weights, class_names)
+        for line in report.lines():
+            say(line)
+        return model
+    check_same_classes(read_description(weights), list(class_names), weights)
+    model = MaskRCNN(config.model, len(class_names) + 1)
+    load_model_state(weights, model)
+    return model
+
+
+def evaluate_model(
+    config: ExperimentConfig, model: MaskRCNN, data: PreparedData, placement: Placement
+) -> dict[str, float]:
+    """COCO AP of a model on the validation rows, shared out among tasks of the cluster.
+
+    Args:
+        config: scaling, train.precision.
+        model: on the CPU, of the data's classes.
         data: shards.
         placement: what a task gets.
 
     Returns:
         The numbers of `AP_METRICS`.
-
-    Raises:
-        UserError: a checkpoint of other classes or another architecture.
     """
     import ray
 
     manifest = ShardSet(data.validation).manifest
-    check_same_classes(read_description(folder), list(manifest.class_names), folder)
-    model = MaskRCNN(config.model, manifest.num_classes)
-    load_model_state(folder, model)
-    sent = ray.put(model)  # not the folder: it may be on this node alone
+    sent = ray.put(model)  # not its file: that may be on this node alone
     device = "cuda" if placement.use_gpu else "cpu"
     num_tasks = min(config.scaling.num_workers, manifest.num_rows)
     task = ray.remote(_evaluate_part).options(

@@ -15,6 +15,7 @@ from pipeline.checkpoint import read_description
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
+from pipeline.initial_weights import InitialWeights
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
@@ -42,12 +43,13 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
     return result.summary
 
 
-def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, Any]:
+def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights | None, say: Say) -> dict[str, Any]:
     """Run a training to its end, or go on with it; Ray has to be running.
 
     Args:
         config: whole.
         data: shards.
+        weights: to begin with, None for random ones.
         say: takes lines for a person to read.
 
     Returns:
@@ -66,14 +68,18 @@ def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, A
         run_state.check_unchanged(state, config, folder)
         run_state.check_same_data(state, shards.manifest.digest, validation.manifest.digest, folder)
     _explain(config, shards, validation, placement, folder, resumed=state is not None, say=say)
+    if weights is not None:
+        weights.write()
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
     tracker = _start_tracker(config, folder, tracker_name)
     run_id = _begin_run(tracker, config, state, folder, shards, validation)
+    if weights is not None and weights.report is not None:
+        tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
     try:
         with ProgressDisplay(tracker, say):
-            result = _fit(config, data, placement, tracker_name)
+            result = _fit(config, data, weights, placement, tracker_name)
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
         status = "FINISHED"
@@ -173,7 +179,13 @@ def _begin_run(
     return run_id
 
 
-def _fit(config: ExperimentConfig, data: PreparedData, placement: Placement, tracker_name: str) -> Any:
+def _fit(
+    config: ExperimentConfig,
+    data: PreparedData,
+    weights: InitialWeights | None,
+    placement: Placement,
+    tracker_name: str,
+) -> Any:
     """Run the workers; Ray Train restarts them from the latest checkpoint when some are lost."""
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -184,6 +196,7 @@ def _fit(config: ExperimentConfig, data: PreparedData, placement: Placement, tra
             "config": config.model_dump(mode="json"),
             "training": data.training,
             "validation": data.validation,
+            "initial_weights": weights.path if weights is not None else None,
             "tracker": tracker_name,
             "cpus_for_data": placement.cpus_for_data,
         },

@@ -24,6 +24,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
+from pipeline.initial_weights import load_initial_weights
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
@@ -67,8 +68,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train from the latest checkpoint of the run to its last step.
 
     Args:
-        settings: config (as from `model_dump`), training and validation (folders of shards), tracker (actor name),
-            cpus_for_data.
+        settings: config (as from `model_dump`), training and validation (folders of shards), initial_weights (file, or
+            None for random ones), tracker (actor name), cpus_for_data.
 
     Returns:
         Of rank 0: the steps done, images_per_second, and the metrics of the last evaluation; or an error that another
@@ -109,6 +110,7 @@ class Worker:
         self.data = PreparedData(settings["training"], settings["validation"])
         self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
         self.cpus_for_data: float = settings["cpus_for_data"]
+        self.initial_weights: str | None = settings["initial_weights"]
         self.tracker = ray.get_actor(settings["tracker"], namespace=NAMESPACE) if self.rank == 0 else None
 
         self.plan = make_plan(self.config, self.shards)
@@ -124,11 +126,13 @@ class Worker:
         self.gloo = self._object_group()
 
     def restore(self) -> None:
-        """Go on from the latest checkpoint that Ray Train knows of, if there is one."""
+        """Go on from the latest checkpoint that Ray Train knows of, else begin with the run's initial weights."""
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
+            if self.initial_weights is not None:
+                load_initial_weights(self.initial_weights, self.model)
             return
         with checkpoint.as_directory() as folder:
             description = read_description(folder)
