@@ -1,4 +1,7 @@
+import pytest
 import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 
 from model.anchors import level_anchors, pyramid_anchors
 from model.config import AnchorConfig
@@ -56,3 +59,18 @@ def test_pyramid_is_its_levels() -> None:
         for scale, size, stride in zip(config.scales, sizes, strides, strict=True)
     ]
     torch.testing.assert_close(pyramid_anchors(config, sizes, (32, 64)), levels)
+
+
+@pytest.mark.parametrize("canvas", [(800, 1344), (1344, 800), (512, 512), (256, 352), (64, 96)])
+def test_rounded_anchors_are_those_of_torchvision(canvas: tuple[int, int]) -> None:
+    sizes = [(canvas[0] // stride, canvas[1] // stride) for stride in (4, 8, 16, 32)]
+    sizes.append(((sizes[3][0] + 1) // 2, (sizes[3][1] + 1) // 2))  # P6
+    config = AnchorConfig(ratios=(2.0, 1.0, 0.5), rounded=True)  # torchvision counts height / width
+    generator = AnchorGenerator(tuple((int(scale),) for scale in config.scales), ((0.5, 1.0, 2.0),) * 5)
+    features = [torch.zeros(1, 1, *size) for size in sizes]
+    expected = generator(ImageList(torch.zeros(1, 3, *canvas), [canvas]), features)[0]
+    levels = pyramid_anchors(config, sizes, canvas)
+    torch.testing.assert_close(torch.cat(levels), expected, rtol=0, atol=0)
+    if canvas == (800, 1344):  # 13 rows of P6 on 800 pixels
+        centres = (levels[4][:, 1] + levels[4][:, 3]) / 2
+        assert sorted({int(y) for y in centres.tolist()})[:3] == [0, 61, 122]

@@ -2,7 +2,8 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models import resnet
 
 from model.backbone import Backbone
@@ -53,3 +54,74 @@ def test_frozen_norm_has_no_parameters() -> None:
     backbone = Backbone(BackboneConfig(depth=18, norm="frozen"), NormConfig())
     assert len(list(backbone.parameters())) == 20  # the kernels of the convolutions
     assert all(parameter.dim() == 4 for parameter in backbone.parameters())
+
+
+def randomise(module: nn.Module) -> None:
+    """Weights, biases and statistics with which every operation can be told from its neighbours."""
+    torch.manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0)
+        elif name.endswith("num_batches_tracked"):
+            continue
+        elif tensor.dim() == 1:
+            tensor.normal_(0.3, 0.2)
+
+
+def keras_resnet_50(state: dict[str, Tensor], images: Tensor, epsilon: float) -> list[Tensor]:
+    """The original's `resnet_graph`, layer by layer."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        numbers = [state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        mean, variance, gamma, beta = (values[:, None, None] for values in numbers)
+        return (x - mean) / (variance + epsilon).sqrt() * gamma + beta
+
+    def convolve(x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride, padding)
+
+    x = torch.relu(norm(convolve(images, "stem.0", stride=2, padding=3), "stem.1"))
+    x = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)  # TensorFlow's "same"
+    features = []
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            here = f"stages.{stage}.{block}"
+            stride = 2 if stage > 0 and block == 0 else 1
+            y = torch.relu(norm(convolve(x, f"{here}.conv1", stride), f"{here}.bn1"))
+            y = torch.relu(norm(convolve(y, f"{here}.conv2", padding=1), f"{here}.bn2"))
+            y = norm(convolve(y, f"{here}.conv3"), f"{here}.bn3")
+            if block == 0:
+                x = norm(convolve(x, f"{here}.downsample.0", stride), f"{here}.downsample.1")
+            x = torch.relu(x + y)
+        features.append(x)
+    return features
+
+
+def test_the_keras_variant_is_the_graph_of_the_original() -> None:
+    norms = NormConfig(epsilon=1e-3, convolution_bias=True)
+    backbone = Backbone(BackboneConfig(depth=50, norm="frozen_statistics", variant="keras"), norms)
+    randomise(backbone)
+    images = torch.randn(2, 3, 64, 96)
+    expected = keras_resnet_50(dict(backbone.state_dict()), images, epsilon=1e-3)
+    assert [tuple(f.shape[2:]) for f in expected] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    for training in (False, True):  # the statistics stay in training
+        for found, wanted in zip(backbone.train(training)(images), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_convolutions_have_a_bias_on_request(has_bias: bool) -> None:
+    backbone = Backbone(BackboneConfig(depth=18), NormConfig(convolution_bias=has_bias))
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 20
+    assert all((convolution.bias is not None) is has_bias for convolution in convolutions)
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 32, 32)
+    if has_bias:  # it starts at zero, and learns
+        assert not any(c.bias.any() for c in convolutions if c.bias is not None)
+        torch.autograd.backward(backbone.eval()(x)[3].square().sum())
+        assert all(c.bias.grad is not None and c.bias.grad.any() for c in convolutions if c.bias is not None)
+
+
+def test_epsilon_reaches_every_norm() -> None:
+    backbone = Backbone(BackboneConfig(depth=18), NormConfig(epsilon=0.125))
+    assert {module.eps for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)} == {0.125}

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from model.boxes import box_area, clip_boxes, decode_boxes, encode_boxes, pairwise_iou
+from model.boxes import (
+    box_area,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    last_pixel_inside,
+    last_pixel_outside,
+    pairwise_iou,
+)
 
 UNIT = (1.0, 1.0, 1.0, 1.0)
 SCALE = (0.1, 0.1, 0.2, 0.2)
@@ -123,6 +131,16 @@ def test_clip_of_a_batch_equals_clip_of_each_image() -> None:
     expected = torch.stack([clip_boxes(boxes[0], windows[0]), clip_boxes(boxes[1], windows[1])])
     torch.testing.assert_close(clip_boxes(boxes, windows), expected)
     assert not torch.equal(expected, boxes)
+
+
+def test_last_pixel_inside_and_back() -> None:
+    boxes = random_boxes(6, 4).reshape(2, 3, 4)
+    inside = last_pixel_inside(boxes)
+    torch.testing.assert_close(inside - boxes, torch.tensor([0.0, 0, -1, -1]).expand(2, 3, 4))
+    torch.testing.assert_close(last_pixel_outside(inside), boxes)
+    # A single pixel has no area in this frame, two overlapping ones no IoU; this is the original's arithmetic.
+    assert box_area(last_pixel_inside(torch.tensor([[4.0, 4, 5, 5]]))) == 0
+    assert last_pixel_inside(torch.zeros(0, 4)).shape == last_pixel_outside(torch.zeros(0, 4)).shape == (0, 4)
 
 
 def test_nothing_in_nothing_out() -> None:

@@ -1,8 +1,9 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.config import FpnConfig, NormConfig
+from model.config import FpnConfig, NormConfig, NormKind
 from model.fpn import FeaturePyramid
 
 
@@ -59,3 +60,33 @@ def test_channels_of_every_level() -> None:
     # The bias of the laterals is zero at the start, so silence stays silence.
     assert all(not p.any() for p in fpn([torch.zeros(1, c, s, s) for c, s in ((4, 16), (8, 8), (16, 4), (32, 2))]))
     assert F.relu(pyramid[0]).any()
+
+
+@pytest.mark.parametrize(("norm", "has_bias"), [("batch", False), ("batch", True), ("group", False), ("frozen", False)])
+def test_every_convolution_is_followed_by_its_norm(norm: NormKind, has_bias: bool) -> None:
+    norms = NormConfig(epsilon=0.25, convolution_bias=has_bias)
+    torch.manual_seed(0)
+    fpn = FeaturePyramid([4, 8], FpnConfig(channels=16, norm=norm), norms).eval()
+    for tensor in fpn.state_dict().values():
+        if tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    features = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
+    layers = [*fpn.laterals, *fpn.smoothing]
+    assert len(layers) == 4
+    for layer in layers:
+        assert isinstance(layer, nn.Sequential)
+        convolution, normalisation = layer
+        assert isinstance(convolution, nn.Conv2d)
+        assert (convolution.bias is not None) is has_bias
+        assert normalisation.eps == 0.25
+    upper = fpn.laterals[1](features[1])
+    lower = fpn.laterals[0](features[0]) + F.interpolate(upper, scale_factor=2.0, mode="nearest")
+    p3 = fpn.smoothing[1](upper)
+    torch.testing.assert_close(fpn(features), [fpn.smoothing[0](lower), p3, p3[:, :, ::2, ::2]])
+
+
+def test_without_norm_every_convolution_has_a_bias() -> None:
+    fpn = FeaturePyramid([4, 8], FpnConfig(channels=16), NormConfig())
+    assert [name for name, _ in fpn.named_parameters() if "bias" in name] == [
+        f"{part}.{level}.bias" for part in ("laterals", "smoothing") for level in range(2)
+    ]

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model import losses
 
@@ -212,3 +213,115 @@ def test_one_image_equals_the_functions_of_torch() -> None:
     torch.testing.assert_close(
         losses.mrcnn_mask_loss(masks, target, valid, index, 1), F.binary_cross_entropy_with_logits(masks, target)
     )
+
+
+class TestNormalizers:
+    """Two images: three sampled rows of which one is positive, and one, which is positive."""
+
+    VALID = torch.tensor([[True, True, True], [True, False, False]])
+    POSITIVE = torch.tensor([[True, False, False], [True, True, False]])
+
+    def test_rpn_class_loss_over_the_batch(self) -> None:
+        logits = torch.tensor([[[0.0, math.log(3)], [0, math.log(3)], [0, 0]], [[0, 0], [9, 9], [9, 9]]])
+        # -log(3/4), -log(1/4), log 2 and log 2
+        expected = torch.tensor((math.log(4 / 3) + math.log(4) + LOG_2 + LOG_2) / 4)
+        for normalizer in ("batch", "positives"):
+            found = losses.rpn_class_loss(logits, self.POSITIVE, self.VALID, normalizer)
+            torch.testing.assert_close(found, expected)
+        assert not torch.isclose(losses.rpn_class_loss(logits, self.POSITIVE, self.VALID), expected)
+
+    @pytest.mark.parametrize(
+        ("normalizer", "expected"),
+        [
+            ("image", (3.5 / 3 + 2 / 1) / 2),
+            ("batch", (3.5 + 2) / 4),  # sampled rows of both
+            ("positives", (3.5 + 2) / (2 * 4)),  # positives of both, four numbers each
+        ],
+    )
+    def test_bbox_losses_by_hand(self, normalizer: losses.Normalizer, expected: float) -> None:
+        target = torch.zeros(2, 3, 4)
+        target[0, 0, 0] = 4.0  # 4 - 0.5
+        target[1, 0] = 1.0  # 4 * 0.5
+        target[1, 1] = 9.0  # no row
+        found = losses.rpn_bbox_loss(torch.zeros(2, 3, 4), target, self.POSITIVE, self.VALID, 1.0, normalizer)
+        torch.testing.assert_close(found, torch.tensor(expected))
+        classes, index = (self.POSITIVE.long() * 2).flatten(), torch.tensor([0, 0, 0, 1, 1, 1])
+        found = losses.mrcnn_bbox_loss(
+            torch.zeros(6, 3, 4), target.reshape(6, 4), classes, self.VALID.flatten(), index, 2, 1.0, normalizer
+        )
+        torch.testing.assert_close(found, torch.tensor(expected))
+
+    @pytest.mark.parametrize("normalizer", ["batch", "positives"])
+    def test_class_and_mask_losses_equal_the_functions_of_torch_on_all_rows(
+        self, normalizer: losses.Normalizer
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits, masks = torch.randn(6, 3, generator=generator), torch.randn(6, 4, 4, generator=generator)
+        classes, index = torch.tensor([1, 2, 0, 1, 0, 2]), torch.tensor([0, 1, 1, 1, 1, 1])
+        valid = torch.tensor([True, True, True, False, True, True])
+        active = torch.ones(2, 3, dtype=torch.bool)
+        found = losses.mrcnn_class_loss(logits, classes, valid, index, active, normalizer)
+        torch.testing.assert_close(found, F.cross_entropy(logits[valid], classes[valid]))
+        targets = (masks > 0.3).float()
+        found = losses.mrcnn_mask_loss(masks, targets, valid, index, 2, normalizer)
+        torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(masks[valid], targets[valid]))
+
+    @pytest.mark.parametrize("normalizer", ["image", "batch", "positives"])
+    def test_nothing_to_divide_by_gives_zero_and_finite_gradients(self, normalizer: losses.Normalizer) -> None:
+        nothing = torch.zeros(2, 3, dtype=torch.bool)
+        deltas, logits = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 2, requires_grad=True)
+        masks = torch.zeros(0, 4, 4, requires_grad=True)
+        none = torch.zeros(0, dtype=torch.int64)
+        values = torch.stack(
+            [
+                losses.rpn_class_loss(logits, nothing, nothing, normalizer),
+                losses.rpn_bbox_loss(deltas, torch.randn(2, 3, 4), nothing, nothing, 1.0, normalizer),
+                losses.mrcnn_mask_loss(masks, torch.zeros(0, 4, 4), none.bool(), none, 2, normalizer),
+            ]
+        )
+        torch.testing.assert_close(values, torch.zeros(3))
+        torch.autograd.backward(values.sum())
+        for x in (deltas, logits, masks):
+            assert x.grad is not None
+            assert not x.grad.any()
+
+
+class TestInactiveByPrediction:
+    # Best classes: 1, 2, 0, 1.
+    LOGITS = torch.tensor([[0.0, 3, 1], [0, 1, 3], [3, 0, 1], [0, 3, 1]])
+    CLASSES = torch.tensor([1, 1, 2, 0])
+    INDEX = torch.tensor([0, 0, 1, 1])
+    ALL = torch.ones(4, dtype=torch.bool)
+
+    def loss(self, active: list[list[bool]], normalizer: losses.Normalizer = "positives") -> Tensor:
+        return losses.mrcnn_class_loss(
+            self.LOGITS, self.CLASSES, self.ALL, self.INDEX, torch.tensor(active), normalizer, "by_prediction"
+        )
+
+    def test_each_image_has_its_own_flags(self) -> None:
+        whole = F.cross_entropy(self.LOGITS, self.CLASSES, reduction="none")  # over all classes, active or not
+        # In image 0 class 2 is not labelled: the second region does not count. In image 1 class 1: not the fourth.
+        found = self.loss([[True, True, False], [True, False, True]])
+        torch.testing.assert_close(found, (whole[0] + whole[2]) / 2)
+        torch.testing.assert_close(self.loss([[True, True, True], [True, False, True]]), whole[:3].mean())
+        found = self.loss([[True, True, False], [True, True, True]], "image")
+        torch.testing.assert_close(found, (whole[0] + whole[2:].mean()) / 2)
+
+    def test_none_active_is_zero_with_finite_gradients(self) -> None:
+        logits = self.LOGITS[[0, 1, 3]].clone().requires_grad_()
+        active = torch.tensor([[True, False, False]])
+        index, valid = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
+        for normalizer in ("image", "batch", "positives"):
+            loss = losses.mrcnn_class_loss(
+                logits, torch.tensor([1, 2, 0]), valid, index, active, normalizer, "by_prediction"
+            )
+            torch.testing.assert_close(loss, torch.tensor(0.0))
+            torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.zeros(3, 3))
+
+    def test_a_region_that_counts_trains_every_logit(self) -> None:
+        logits = self.LOGITS.clone().requires_grad_()
+        active = torch.tensor([[True, True, False], [True, False, True]])
+        loss = losses.mrcnn_class_loss(logits, self.CLASSES, self.ALL, self.INDEX, active, "positives", "by_prediction")
+        gradient = torch.autograd.grad(loss, logits)[0]
+        assert gradient.any(dim=1).tolist() == [True, False, True, False]
+        assert (gradient[[0, 2]] != 0).all()

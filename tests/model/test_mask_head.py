@@ -78,3 +78,24 @@ def test_padded_rows_stay_out_of_the_statistics() -> None:
     statistics = {n: b for n, b in padded.named_buffers() if "running" in n}
     assert len(statistics) == 4
     torch.testing.assert_close(statistics, {n: b for n, b in compact.named_buffers() if "running" in n})
+
+
+@pytest.mark.parametrize(
+    ("norm", "on_request", "has_bias"),
+    [("none", False, True), ("batch", False, False), ("frozen_statistics", True, True)],
+)
+def test_a_convolution_has_a_bias_without_norm_or_on_request(norm: NormKind, on_request: bool, has_bias: bool) -> None:
+    norms = NormConfig(epsilon=0.25, convolution_bias=on_request)
+    head = MaskHead(4, 3, MaskHeadConfig(channels=8, num_convolutions=3, norm=norm), norms).eval()
+    for tensor in head.state_dict().values():
+        if tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    x = regions = torch.randn(2, 4, 5, 5)
+    for convolution, layer in zip(head.convolutions, head.norms, strict=True):
+        assert isinstance(convolution, nn.Conv2d)
+        assert (convolution.bias is not None) is has_bias
+        assert norm == "none" or layer.eps == 0.25
+        x = torch.relu(layer(convolution(x)))
+    logits = head.mask_logits(torch.relu(head.upsampling(x)))
+    classes = torch.tensor([2, 0])
+    torch.testing.assert_close(head(regions, classes), logits[torch.arange(2), classes])

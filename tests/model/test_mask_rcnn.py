@@ -1,10 +1,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from model.boxes import encode_boxes, pairwise_iou
@@ -21,11 +23,14 @@ from tests.model.factories import (
     ellipse,
     fill_empty_slots,
     make_batch,
+    noise_image,
     painted_scene,
     rectangle,
     take_images,
     tiny_config,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_model(config: ModelConfig | None = None, num_classes: int = 3) -> MaskRCNN:
@@ -322,6 +327,149 @@ class TestDetection:
             assert pairwise_iou(found.boxes[best][None], box[None]) > 0.5
             overlap = (masks[best] & thing.bitmap).sum() / (masks[best] | thing.bitmap).sum()
             assert overlap > 0.5
+
+
+def thin(name: str, **changes: dict[str, Any]) -> ModelConfig:
+    """A shipped preset with every knob that decides on numbers, as thin and small as `tiny_config`."""
+    values: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]
+    sizes: dict[str, dict[str, Any]] = {
+        "backbone": {"depth": 50},
+        "fpn": {"channels": 16},
+        "anchors": {"scales": (8, 16, 32, 48, 64)},
+        "rpn": {"channels": 16, "anchors_per_image": 32, "pre_nms_top_k": 100, "proposals_training": 40}
+        | {"proposals_inference": 20},
+        "roi": {"rois_per_image": 16, "canonical_size": 32},
+        "box_head": {"channels": 32, "convolution_channels": 8},
+        "mask_head": {"channels": 16, "num_convolutions": 2},
+        "detections": {"max_per_image": 10, "score_threshold": 0.05},
+    }
+    for section in sizes | changes:
+        values[section] = values.get(section, {}) | sizes.get(section, {}) | changes.get(section, {})
+    return ModelConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("name", ["matterport", "torchvision_v1", "torchvision_v2"])
+class TestPresets:
+    def test_losses_and_gradients_with_and_without_objects(self, name: str) -> None:
+        # With ground truth among the proposals, since those of an untrained network hit nothing.
+        model = make_model(thin(name, roi={"add_ground_truth": True})).train()
+        batch = make_batch(scenes())
+        losses = model(batch)
+        assert tuple(losses) == LOSS_NAMES
+        assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+        found = gradients(model, batch)
+        assert all(gradient.isfinite().all() for gradient in found.values())
+        assert all(gradient.any() for gradient in found.values())
+        nothing = make_batch([scenes()[2], replace(scenes()[2], key=9)])
+        losses = model(nothing)
+        assert losses["rpn_bbox_loss"] == losses["mrcnn_bbox_loss"] == losses["mrcnn_mask_loss"] == 0
+        assert bool(losses["mrcnn_class_loss"] == 0) is (name == "matterport")  # which draws no negatives alone
+        assert all(gradient.isfinite().all() for gradient in gradients(model, nothing).values())
+
+    def test_detections_lie_inside_their_image_and_images_do_not_see_each_other(self, name: str) -> None:
+        model, batch = make_model(thin(name)).eval(), make_batch(scenes())
+        together = model.detect(batch.images, batch.image_sizes)
+        for image, (height, width) in zip(together, batch.image_sizes.tolist(), strict=True):
+            assert 0 < len(image) <= 10
+            assert (image.boxes >= -1e-4).all()
+            assert (image.boxes <= torch.tensor([width, height, width, height]) + 1e-4).all()
+        alone = [model.detect(batch.images[i : i + 1], batch.image_sizes[i : i + 1])[0] for i in range(3)]
+        assert_same_detections(alone, together)
+
+
+def moved_to_the_centre(batch: Batch) -> Batch:
+    """Everything where the original has it, by padding on all sides; each image then covers its canvas."""
+    images, shifts = torch.zeros_like(batch.images), torch.zeros(batch.num_images, 1, 4)
+    for row, (height, width) in enumerate(batch.image_sizes.tolist()):
+        top, left = (64 - height) // 2, (64 - width) // 2
+        images[row, :, top : top + height, left : left + width] = batch.images[row, :, :height, :width]
+        shifts[row] = torch.tensor([left, top, left, top])
+    return replace(
+        batch,
+        images=images,
+        image_sizes=torch.full_like(batch.image_sizes, 64),
+        boxes=batch.boxes + shifts,
+        mask_boxes=batch.mask_boxes + shifts,
+    )
+
+
+class TestImagesInTheCentre:
+    def test_training_is_that_of_images_padded_on_all_sides(self) -> None:
+        config = thin("matterport", roi={"add_ground_truth": True})
+        centre = make_model(config).train()
+        top_left = make_model(config.model_copy(update={"image_position": "top_left"})).train()
+        assert centre.config.image_position == "centre"
+        batch = make_batch(scenes())
+        expected = top_left(moved_to_the_centre(batch))
+        torch.testing.assert_close(centre(batch), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.isclose(top_left(batch)["mrcnn_mask_loss"], expected["mrcnn_mask_loss"])
+
+    @pytest.mark.parametrize(("frame", "edge"), [("exclusive", 0), ("inclusive", 1)])
+    def test_detections_come_back_where_the_image_was_given(
+        self, frame: str, edge: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make_model(thin("matterport").model_copy(update={"boxes": frame})).eval()
+        images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        images[:, :, :32, :41] = noise_image(32, 41)
+        # On the canvas the image covers 11 to 52 and 16 to 48; the last pixel counts inside, or does not.
+        found_there = torch.tensor([[11.0, 16, 52, 48], [20, 20, 30, 40]]) - torch.tensor([0.0, 0, edge, edge])
+        windows = []
+
+        def select(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            windows.append(arguments[3])
+            return found_there, torch.tensor([0.9, 0.8]), torch.tensor([1, 2])
+
+        monkeypatch.setattr("model.mask_rcnn.select_detections", select)
+        found = model.detect(images, torch.tensor([[32, 41]]))[0]
+        torch.testing.assert_close(found.boxes, torch.tensor([[0.0, 0, 41, 32], [9, 4, 19, 24]]))
+        torch.testing.assert_close(windows[0], torch.tensor([11.0, 16, 52 - edge, 48 - edge]))
+
+    def test_the_network_sees_the_image_in_the_centre(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = make_model(thin("matterport")).eval()
+        batch = make_batch(scenes())
+        seen: list[Tensor] = []
+        forward = model.backbone.forward
+
+        def look(images: Tensor) -> list[Tensor]:
+            seen.append(images)
+            return forward(images)
+
+        monkeypatch.setattr(model.backbone, "forward", look)
+        model.detect(batch.images, batch.image_sizes)
+        mean = 255 * torch.tensor(model.config.pixel_mean)[:, None, None]
+        expected = moved_to_the_centre(batch).images.float() - mean
+        torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-3)
+
+
+class TestProposals:
+    @pytest.mark.parametrize(
+        ("clip_to", "frame", "expected"),
+        [
+            ("image", "exclusive", [12, 8, 52, 56]),
+            ("canvas", "exclusive", [0, 0, 64, 64]),
+            ("image", "inclusive", [12, 8, 51, 55]),
+            ("canvas", "inclusive", [0, 0, 63, 63]),
+        ],
+    )
+    def test_they_are_clipped_to_the_image_or_the_canvas(self, clip_to: str, frame: str, expected: list[int]) -> None:
+        config = thin("matterport", rpn={"clip_to": clip_to}).model_copy(update={"boxes": frame})
+        model = make_model(config).eval()
+        anchors = [torch.tensor([[-90.0, -90, 900, 900]])]
+        windows = torch.tensor([[12.0, 8, 52, 56]])
+        proposals, valid = model.propose(torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), anchors, windows, (64, 64))
+        torch.testing.assert_close(proposals[0, 0], torch.tensor(expected).float())
+        assert valid.sum() == 1
+        torch.testing.assert_close(windows, torch.tensor([[12.0, 8, 52, 56]]))
+
+    def test_training_and_inference_have_counts_of_their_own(self) -> None:
+        knobs = {"pre_nms_top_k": 30, "pre_nms_top_k_inference": 7, "nms_threshold": 1.0}
+        model = make_model(thin("torchvision_v1", rpn=knobs | {"proposals_inference": 50}))
+        corner = torch.arange(0, 60, 1.5)
+        levels = [torch.stack([corner, corner, corner + 5, corner + 5], dim=1)] * 2
+        output = torch.randn(1, 80, 2), torch.zeros(1, 80, 4), levels, torch.tensor([[0.0, 0, 64, 64]]), (64, 64)
+        assert [v.sum() for v in (model.eval().propose(*output)[1], model.train().propose(*output)[1])] == [14, 40]
+        default = make_model(thin("torchvision_v1", rpn=knobs | {"pre_nms_top_k_inference": None})).eval()
+        assert default.propose(*output)[1].sum() == 20
 
 
 class TestAnchors:

@@ -1,13 +1,16 @@
+import math
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import roi_align
 
 from model.canvas import image_windows
-from model.mask_targets import crop_mask_targets
+from model.mask_targets import TargetKind, crop_mask_targets
 from model.structures import Batch
 from tests.model.factories import Bitmap, Scene, Thing, ellipse, make_batch, noise_image, rectangle, tight_box
 
@@ -156,3 +159,133 @@ def test_moving_a_batch_keeps_the_targets() -> None:
     a = crop_mask_targets(batch, windows_of(batch), zero, zero, regions, 28, "thresholded")
     assert tight_box(ellipse((6, 9, 40, 50), 64, 64)) == (6, 9, 40, 50)
     torch.testing.assert_close(a, crop_mask_targets(half, windows_of(half), zero, zero, regions / 2, 28, "thresholded"))
+
+
+class TestSoft:
+    @pytest.mark.parametrize("scale", [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (1.6, 0.8)])
+    @pytest.mark.parametrize("size", [28, 7])
+    def test_equals_torchvision_on_the_full_bitmap(self, scale: tuple[float, float], size: int) -> None:
+        generator = np.random.default_rng(0)
+        original_height, original_width = 40, 60
+        height, width = round(original_height * scale[1]), round(original_width * scale[0])
+        factor = torch.tensor([width / original_width, height / original_height] * 2)
+        bitmaps = [blob(generator, original_height, original_width) for _ in range(10)]
+        bitmaps[0] = rectangle((0, 0, 9, 7), original_height, original_width)  # in the corner
+        bitmaps[1] = rectangle((50, 30, 60, 40), original_height, original_width)  # in the other one
+        bitmaps[2] = np.ones((original_height, original_width), dtype=bool)
+        batch = make_batch([Scene(noise_image(height, width), tuple(Thing(b) for b in bitmaps))], slots=12, canvas=128)
+        full = torch.from_numpy(np.stack(bitmaps))
+        touching = between = 0
+        for slot in range(len(bitmaps)):
+            regions = regions_near(batch.boxes[0, slot], height, width, 8, generator)
+            regions = torch.cat(
+                [
+                    regions,
+                    batch.boxes[0, slot][None],
+                    torch.tensor([[0.0, 0, width, height], [3, 3, 3.5, 3.4], [-0.3, -0.4, 9, 7]]),
+                ]
+            )
+            zero, slots = torch.zeros(len(regions), dtype=torch.int64), torch.full((len(regions),), slot)
+            targets = crop_mask_targets(batch, windows_of(batch), zero, slots, regions, size, "soft")
+            expected = project_masks_on_boxes(full, regions / factor, slots, size)
+            torch.testing.assert_close(targets, expected, rtol=0, atol=1e-4)
+            limit = torch.tensor([width, height])
+            touching += int(((regions[:, :2] == 0) | (regions[:, 2:] == limit)).any(dim=1).sum())
+            between += int(((targets > 0.01) & (targets < 0.99)).sum())
+        assert touching > 20
+        assert between > 1000
+
+    def test_each_image_has_its_own_border_and_offset(self) -> None:
+        """Two images on one canvas; the second is smaller, and its object reaches its right and lower border."""
+        bitmaps = [ellipse((5, 8, 50, 60), 64, 64), rectangle((20, 10, 40, 48), 48, 40)]
+        batch = make_batch([Scene(noise_image(*b.shape), (Thing(b),)) for b in bitmaps])
+        regions = torch.tensor([[4.5, 3.2, 51.7, 64], [12.3, 9.1, 40, 48]])
+        targets = crop_mask_targets(
+            batch, windows_of(batch), torch.arange(2), torch.zeros(2).long(), regions, 14, "soft"
+        )
+        for row, bitmap in enumerate(bitmaps):
+            expected = project_masks_on_boxes(torch.from_numpy(bitmap)[None], regions[row][None], torch.tensor([0]), 14)
+            torch.testing.assert_close(targets[row], expected[0], rtol=0, atol=1e-5)
+
+    def test_images_in_the_centre_of_their_canvas(self) -> None:
+        batch = make_batch([Scene(noise_image(40, 48), (Thing(rectangle((0, 9, 30, 40), 40, 48)),))])
+        zero, regions = torch.tensor([0]), torch.tensor([[0.0, 5.5, 25, 40]])
+        expected = crop_mask_targets(batch, windows_of(batch), zero, zero, regions, 14, "soft")
+        moved = replace(batch, mask_boxes=batch.mask_boxes + torch.tensor([8.0, 12, 8, 12]))
+        windows = image_windows(batch.image_sizes, (64, 64), "centre")
+        found = crop_mask_targets(moved, windows, zero, zero, regions + torch.tensor([8.0, 12, 8, 12]), 14, "soft")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def crop_and_resize_of_the_original(
+    bits: Bitmap, region: list[float], box: list[float], size: int
+) -> npt.NDArray[np.float64]:
+    """`detection_targets_graph` with mini masks: the region in shares of the object's box, then TensorFlow's operator,
+    not yet rounded.
+
+    Args:
+        bits: inside the object's box.
+        region: xyxy, last pixel inside.
+        box: of the object, xyxy, last pixel inside.
+        size: cells a side.
+    """
+    height, width = bits.shape
+    x0, x1 = ((region[i] - box[0]) / (box[2] - box[0]) for i in (0, 2))
+    y0, y1 = ((region[i] - box[1]) / (box[3] - box[1]) for i in (1, 3))
+    cells = np.zeros((size, size))
+    for i in range(size):
+        y = (y0 + (y1 - y0) * i / (size - 1)) * (height - 1)
+        for j in range(size):
+            x = (x0 + (x1 - x0) * j / (size - 1)) * (width - 1)
+            if 0 <= y <= height - 1 and 0 <= x <= width - 1:
+                rows, columns = [math.floor(y), math.ceil(y)], [math.floor(x), math.ceil(x)]
+                square = bits[np.ix_(rows, columns)].astype(float)
+                across = square[:, 0] * (1 - (x - columns[0])) + square[:, 1] * (x - columns[0])
+                cells[i, j] = across[0] * (1 - (y - rows[0])) + across[1] * (y - rows[0])
+    return cells
+
+
+class TestCropAndResize:
+    @pytest.mark.parametrize("scale", [1.0, 1.7])
+    def test_equals_a_loop_over_its_samples(self, scale: float) -> None:
+        generator = np.random.default_rng(3)
+        height, width = round(40 * scale), round(60 * scale)
+        bitmaps = [blob(generator, 40, 60) for _ in range(8)]
+        batch = make_batch([Scene(noise_image(height, width), tuple(Thing(b) for b in bitmaps))], slots=8, canvas=128)
+        ones = zeros = 0
+        for slot, bitmap in enumerate(bitmaps):
+            x0, y0, x1, y1 = tight_box(bitmap)
+            regions = regions_near(batch.boxes[0, slot], height, width, 6, generator) - torch.tensor([0.0, 0, 1, 1])
+            index = torch.zeros(6, dtype=torch.int64)
+            targets = crop_mask_targets(batch, windows_of(batch), index, index + slot, regions, 28, "crop_and_resize")
+            box = (batch.boxes[0, slot] - torch.tensor([0.0, 0, 1, 1])).tolist()
+            for target, region in zip(targets, regions.tolist(), strict=True):
+                cells = crop_and_resize_of_the_original(bitmap[y0:y1, x0:x1], region, box, 28)
+                clear = np.abs(cells - 0.5) > 1e-4  # the others may fall to either side, for rounding
+                np.testing.assert_array_equal(target.numpy()[clear], np.round(cells)[clear])
+                ones, zeros = ones + int(target.sum()), zeros + int((1 - target).sum())
+        assert min(ones, zeros) > 5000
+
+    def test_by_hand(self) -> None:
+        # The object's own box: the grid's corners lie on the centres of its corner pixels.
+        bitmap = np.zeros((6, 7), dtype=bool)
+        bitmap[1:4, 2:5] = [[True, False, True], [False, False, False], [True, True, False]]
+        batch = make_batch([Scene(noise_image(6, 7), (Thing(bitmap),))])
+        zero = torch.tensor([0])
+        own = torch.tensor([[2.0, 1, 4, 3]])
+        targets = crop_mask_targets(batch, windows_of(batch), zero, zero, own, 3, "crop_and_resize")
+        torch.testing.assert_close(targets, torch.tensor([[[1.0, 0, 1], [0, 0, 0], [1, 1, 0]]]))
+        # One pixel to the left: what lies outside of the box is empty.
+        moved = crop_mask_targets(
+            batch, windows_of(batch), zero, zero, own - torch.tensor([1.0, 0, 1, 0]), 3, "crop_and_resize"
+        )
+        torch.testing.assert_close(moved, torch.tensor([[[0.0, 1, 0], [0, 0, 0], [0, 1, 1]]]))
+
+
+@pytest.mark.parametrize("kind", ["thresholded", "soft", "crop_and_resize"])
+def test_no_regions_of_any_kind(kind: TargetKind) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    for things in ((), (Thing(rectangle((5, 5, 20, 20), 64, 64)),)):
+        batch = make_batch([Scene(noise_image(64, 64), things)])
+        found = crop_mask_targets(batch, windows_of(batch), none, none, torch.zeros(0, 4), 28, kind)
+        assert found.shape == (0, 28, 28)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from model.masks import encode_detections, expand_boxes, paste_masks, paste_masks_in_boxes, run_lengths
+from model.resize import resize_bilinear
 from model.structures import Detections
 from tests.model.factories import Bitmap, rectangle
 
@@ -64,7 +65,32 @@ class TestPaste:
         assert not paste_masks(found, 50, 70).any()
         assert encode_detections(found, 50, 70)[0]["size"] == [50, 70]
 
+    def test_whole_pixels_resize_the_mask_to_exactly_its_box(self) -> None:
+        height, width = 50, 70
+        found = random_detections(40, height, width)
+        boxes = found.boxes.round()
+        boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1).clamp(max=70)
+        boxes = boxes[((boxes[:, 2:] > boxes[:, :2]).all(dim=1)) & (boxes[:, 3] <= height)]
+        found = detections_of(boxes.tolist(), found.mask_probabilities[: len(boxes)])
+        assert len(boxes) > 30
+        pasted = paste_masks(found, height, width, whole_pixels=True)
+        for bitmap, (x0, y0, x1, y1), mask in zip(pasted, boxes.int().tolist(), found.mask_probabilities, strict=True):
+            expected = np.zeros((height, width), dtype=bool)
+            expected[y0:y1, x0:x1] = resize_bilinear(mask.numpy(), y1 - y0, x1 - x0) >= 0.5
+            np.testing.assert_array_equal(bitmap, expected)
+        encoded = encode_detections(found, height, width, whole_pixels=True)
+        assert encoded == [coco_encode(bitmap) for bitmap in pasted]
+        assert (pasted != paste_masks(found, height, width)).any()
+
+    def test_a_full_mask_fills_exactly_its_box_of_whole_pixels(self) -> None:
+        found = detections_of([[10, 20, 38, 48], [0, 0, 28, 60]], torch.ones(2, 28, 28))
+        pasted = paste_masks(found, 60, 60, whole_pixels=True)
+        np.testing.assert_array_equal(pasted[0], rectangle((10, 20, 38, 48), 60, 60))
+        # However much it is enlarged, outside is blended in with less than a half.
+        np.testing.assert_array_equal(pasted[1], rectangle((0, 0, 28, 60), 60, 60))
+
     def test_no_detections(self) -> None:
+        assert paste_masks_in_boxes(detections_of([], torch.zeros(0, 28, 28)), 5, 6, whole_pixels=True) == []
         none = detections_of([], torch.zeros(0, 28, 28))
         assert paste_masks(none, 5, 6).shape == (0, 5, 6)
         assert paste_masks_in_boxes(none, 5, 6) == []

@@ -121,3 +121,43 @@ def test_apply_norm_hands_the_rows_to_batch_norm() -> None:
     x = torch.randn(4, CHANNELS, 3, 3)
     valid = torch.tensor([True, True, False, False])
     torch.testing.assert_close(apply_norm(ours, x, valid)[valid], stock(x[valid]))
+
+
+@pytest.mark.parametrize("kind", ["batch", "frozen", "frozen_statistics"])
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5])
+def test_epsilon_is_added_to_the_stored_variance(kind: NormKind, epsilon: float) -> None:
+    norm = make_norm(kind, CHANNELS, epsilon).eval()
+    torch.manual_seed(0)
+    numbers = {name: torch.rand(CHANNELS) + 0.1 for name in ("running_mean", "running_var", "weight", "bias")}
+    norm.load_state_dict(numbers, strict=False)
+    x = torch.randn(3, CHANNELS, 2, 2)
+    mean, variance, gamma, beta = (values[:, None, None] for values in numbers.values())
+    torch.testing.assert_close(norm(x), (x - mean) / (variance + epsilon).sqrt() * gamma + beta)
+
+
+def test_epsilon_of_group_norm_and_of_batch_statistics() -> None:
+    x = torch.randn(2, 8, 3, 3)
+    for kind, axes in (("group", (1, 2, 3)), ("batch", (0, 2, 3))):
+        mean, variance = x.mean(axes, keepdim=True), x.var(axes, keepdim=True, correction=0)
+        norm = make_norm("group" if kind == "group" else "batch", 8, 0.5).train()
+        torch.testing.assert_close(norm(x), (x - mean) / (variance + 0.5).sqrt())
+
+
+@pytest.mark.parametrize("rows", [4, 1, 0])
+def test_frozen_statistics_stay_while_scale_and_shift_learn(rows: int) -> None:
+    norm = make_norm("frozen_statistics", CHANNELS).train()
+    assert {name for name, _ in norm.named_parameters()} == {"weight", "bias"}
+    torch.manual_seed(0)
+    statistics = {"running_mean": torch.rand(CHANNELS), "running_var": torch.rand(CHANNELS) + 0.5}
+    norm.load_state_dict(statistics, strict=False)
+    x = torch.randn(rows, CHANNELS, 2, 2)
+    y = apply_norm(norm, x, torch.ones(rows, dtype=torch.bool))
+    torch.testing.assert_close(y, norm.eval()(x))
+    torch.autograd.backward((y * 2).sum())
+    normalised = (x - statistics["running_mean"][:, None, None]) / (
+        statistics["running_var"][:, None, None] + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(norm.weight.grad, 2 * normalised.sum(dim=(0, 2, 3)))
+    torch.testing.assert_close(norm.bias.grad, torch.full((CHANNELS,), 2.0 * rows * 4))
+    for name, value in statistics.items():
+        torch.testing.assert_close(norm.state_dict()[name], value, rtol=0, atol=0)

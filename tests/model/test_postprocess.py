@@ -90,6 +90,32 @@ def test_small_detections_are_dropped() -> None:
     torch.testing.assert_close(boxes, proposals[1:2])
 
 
+def test_best_class_only_by_hand() -> None:
+    logits = logits_for([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1], [0.25, 0.3, 0.45], [0.35, 0.3, 0.35]])
+    proposals = torch.tensor([[0.0, 0, 20, 20], [30, 0, 50, 20], [0, 30, 20, 50], [30, 30, 50, 50]])
+    knobs: dict[str, Any] = {"best_class_only": True, "score_threshold": 0.45}
+    boxes, scores, classes = select(logits, torch.zeros(4, 3, 4), proposals, **knobs)
+    # The second is background; of the others each is its best class, and the threshold itself counts.
+    assert classes.tolist() == [1, 2]
+    torch.testing.assert_close(scores, torch.tensor([0.5, 0.45]))
+    torch.testing.assert_close(boxes, proposals[[0, 2]])
+    knobs["score_threshold"] = 0.0
+    assert select(logits, torch.zeros(4, 3, 4), proposals, **knobs)[2].tolist() == [1, 2]
+    assert len(select(logits, torch.zeros(4, 3, 4), proposals, score_threshold=0.0)[2]) == 8
+
+
+def test_windows_in_the_middle_of_the_canvas() -> None:
+    boxes, _, _ = select_detections(
+        logits_for([[0.1, 0.9]]),
+        torch.zeros(1, 2, 4),
+        torch.tensor([[0.0, 5, 50, 70]]),
+        torch.tensor([10, 20, 40, 50]),
+        BoxHeadConfig(),
+        DetectionConfig(),
+    )
+    torch.testing.assert_close(boxes, torch.tensor([[10.0, 20, 40, 50]]))
+
+
 def test_nothing_found() -> None:
     nothing = (torch.zeros(0, 4), (0,), (0,))
     for logits, deltas, proposals in [
@@ -127,3 +153,22 @@ class TestToOriginal:
 
     def test_no_detections(self) -> None:
         assert to_original(self.detections([]), (60, 80), (120, 240), ModelConfig()).boxes.shape == (0, 4)
+
+    def test_whole_pixels_by_hand(self) -> None:
+        config = ModelConfig(detections=DetectionConfig(whole_pixels=True))
+        # Factors 1.5 and 2. The second is rounded to no width; the third leaves the image.
+        found = self.detections([[10.2, 20.3, 30.4, 40.2], [10.1, 5, 10.2, 30], [-3, 50, 90, 70]])
+        moved = to_original(found, (60, 80), (90, 160), config)
+        torch.testing.assert_close(moved.boxes, torch.tensor([[20.0, 30, 61, 60], [0, 75, 160, 90]]))
+        torch.testing.assert_close(moved.scores, found.scores[[0, 2]])
+        torch.testing.assert_close(moved.classes, found.classes[[0, 2]])
+        torch.testing.assert_close(moved.mask_probabilities, found.mask_probabilities[[0, 2]])
+        assert len(to_original(self.detections([]), (60, 80), (90, 160), config)) == 0
+
+    def test_the_last_pixel_inside_by_hand(self) -> None:
+        # 61 x 81 input pixels show 121 x 241: counted from the first to the last pixel, 60 are 120 and 80 are 240.
+        config = ModelConfig(boxes="inclusive")
+        found = self.detections([[10, 20, 31, 41], [0, 0, 81, 61], [5, 5, 6, 6]])
+        moved = to_original(found, (61, 81), (121, 241), config)
+        expected = torch.tensor([[30.0, 40, 91, 81], [0, 0, 241, 121], [15, 10, 16, 11]])
+        torch.testing.assert_close(moved.boxes, expected)

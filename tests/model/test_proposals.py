@@ -122,3 +122,59 @@ def test_no_gradient_flows_through() -> None:
     logits, deltas, anchors, windows = random_input()
     proposals, _ = run(logits.requires_grad_(), deltas.requires_grad_(), anchors, windows)
     assert not proposals.requires_grad
+
+
+def test_each_level_has_its_own_top_k_and_nms() -> None:
+    """Against a loop over the levels, each a pyramid of its own."""
+    logits, deltas, anchors, windows = random_input(2, num=90)
+    counts = [50, 25, 10, 4, 1]
+    knobs: dict[str, Any] = {"nms_threshold": 0.3, "pre_nms_top_k": 12}
+    proposals, valid = run(logits, deltas, anchors, windows, levels=counts, per_level=True, num_proposals=25, **knobs)
+    for image in range(2):
+        rows = slice(image, image + 1)
+        boxes, scores = [], []
+        first = 0
+        for count in counts:
+            level = slice(first, first + count)
+            alone, is_real = run(
+                logits[rows, level], deltas[rows, level], anchors[level], windows[rows], num_proposals=12, **knobs
+            )
+            boxes.append(alone[is_real])
+            # The scores of the boxes that are left, by looking for them.
+            score = logits[image, level, 1] - logits[image, level, 0]
+            all_boxes = clip_boxes(
+                decode_boxes(deltas[image, level], anchors[level], (0.1, 0.1, 0.2, 0.2)), windows[image]
+            )
+            scores.append(torch.stack([score[(all_boxes == box).all(dim=1)][0] for box in boxes[-1]]))
+            first += count
+        order = torch.cat(scores).argsort(descending=True)[:25]
+        assert len(torch.cat(boxes)) > 25
+        assert valid[image].all()
+        torch.testing.assert_close(proposals[image], torch.cat(boxes)[order])
+
+
+def test_copies_on_two_levels_both_stay() -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9.5], [0, 0, 10, 10]])
+    scores, window = torch.tensor([[3.0, 2, 1]]), torch.tensor([[0, 0, 64, 64]])
+    proposals, valid = run(logits_of(scores), torch.zeros(1, 3, 4), anchors, window, levels=[2, 1], per_level=True)
+    assert valid.sum() == 2
+    torch.testing.assert_close(proposals[0, :2], anchors[[0, 2]])
+    _, valid = run(logits_of(scores), torch.zeros(1, 3, 4), anchors, window, levels=[2, 1])
+    assert valid.sum() == 1
+
+
+def test_windows_need_not_start_at_zero() -> None:
+    anchors = torch.tensor([[0.0, 0, 30, 30], [0, 0, 9, 40]])
+    proposals, valid = run(
+        logits_of(torch.tensor([[2.0, 1]])), torch.zeros(1, 2, 4), anchors, torch.tensor([[10, 5, 20, 25]])
+    )
+    torch.testing.assert_close(proposals[0, 0], torch.tensor([10.0, 5, 20, 25]))
+    assert valid.sum() == 1  # nothing is left of the other one
+
+
+def test_no_smallest_size_keeps_slivers() -> None:
+    anchors = torch.tensor([[70.0, 0, 90, 20], [0, 0, 20, 0.001]])
+    _, valid = run(
+        logits_of(torch.tensor([[2.0, 1]])), torch.zeros(1, 2, 4), anchors, torch.tensor([[0, 0, 64, 64]]), min_size=0
+    )
+    assert valid.sum() == 2

@@ -1,3 +1,6 @@
+import math
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,15 +14,16 @@ STRIDES = (4, 8, 16, 32)
 CANVAS = (128, 128)
 
 
-def sized(canonical_size: float) -> RoiConfig:
-    return RoiConfig(canonical_size=canonical_size)
+def sized(canonical_size: float, pooling: Literal["aligned", "unaligned", "crop_and_resize"] = "aligned") -> RoiConfig:
+    return RoiConfig(canonical_size=canonical_size, pooling=pooling)
 
 
-@pytest.fixture(params=["product with a sparse matrix", "torchvision's operator"], autouse=True)
+@pytest.fixture(params=["product with a sparse matrix", "without one"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both forms have to do the same."""
-    if request.param == "torchvision's operator":
+    """Both forms have to do the same; without the product ROIAlign is torchvision's operator."""
+    if request.param == "without one":
         monkeypatch.setattr("model.roi_align.has_sparse_product", lambda _: False)
+        monkeypatch.setattr("model.weighted_cells.has_sparse_product", lambda _: False)
     elif not has_sparse_product(torch.device("cpu")):
         pytest.skip("this build of torch does not multiply sparse matrices")
 
@@ -75,20 +79,29 @@ def test_every_box_is_cut_from_its_level_and_image() -> None:
         torch.testing.assert_close(pooled[row : row + 1], expected)
 
 
-def test_gradients_equal_those_of_torchvision() -> None:
+@pytest.mark.parametrize("pooling", ["aligned", "unaligned"])
+def test_values_and_gradients_equal_those_of_torchvision(pooling: Literal["aligned", "unaligned"]) -> None:
     generator = torch.Generator().manual_seed(1)
     corners = torch.rand(30, 2, 2, generator=generator) * 150 - 10  # some leave the canvas
     boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
     boxes[:2] = torch.tensor([0.0, 0, 128, 128])
+    boxes[2:4] = torch.tensor([[50.3, 40.1, 51.0, 90], [60, 60, 60, 60]])  # narrower than a cell
     image_index = torch.arange(30) % 2
     ours = [level.requires_grad_() for level in random_pyramid()]
     theirs = [level.requires_grad_() for level in random_pyramid()]
-    pooled = pyramid_roi_align(ours, boxes, image_index, 4, sized(64.0), CANVAS)
+    pooled = pyramid_roi_align(ours, boxes, image_index, 4, sized(64.0, pooling), CANVAS)
     levels = pyramid_levels(boxes, sized(64.0), CANVAS)
     assert set(levels.tolist()) == {0, 1, 2, 3}
     expected = torch.cat(
         [
-            roi_align(theirs[level], torch.cat([image[None], box])[None], 4, 1 / STRIDES[level], 2, aligned=True)
+            roi_align(
+                theirs[level],
+                torch.cat([image[None], box])[None],
+                4,
+                1 / STRIDES[level],
+                2,
+                aligned=pooling == "aligned",
+            )
             for level, image, box in zip(levels.tolist(), image_index.float(), boxes, strict=True)
         ]
     )
@@ -151,3 +164,95 @@ def test_half_precision_features_come_out_in_float32() -> None:
     torch.testing.assert_close(
         pooled, pyramid_roi_align([p.float() for p in pyramid], boxes, index, 3, sized(64.0), CANVAS)
     )
+
+
+def crop_and_resize(features: Tensor, box: list[float], size: int) -> Tensor:
+    """TensorFlow's operator, sample by sample; (C, H, W) features and a box in shares of H - 1 and W - 1."""
+    height, width = features.shape[1:]
+    x0, y0, x1, y1 = box
+    rows = []
+    for i in range(size):
+        y = (y0 + (y1 - y0) * i / (size - 1)) * (height - 1)
+        for j in range(size):
+            x = (x0 + (x1 - x0) * j / (size - 1)) * (width - 1)
+            if not (0 <= y <= height - 1 and 0 <= x <= width - 1):
+                rows.append(features.new_zeros(features.shape[0]))
+                continue
+            top, left = math.floor(y), math.floor(x)
+            bottom, right = math.ceil(y), math.ceil(x)
+            above = features[:, top, left] * (1 - (x - left)) + features[:, top, right] * (x - left)
+            below = features[:, bottom, left] * (1 - (x - left)) + features[:, bottom, right] * (x - left)
+            rows.append(above * (1 - (y - top)) + below * (y - top))
+    return torch.stack(rows, dim=1).reshape(-1, size, size)
+
+
+def test_crop_and_resize_equals_a_loop_over_its_samples() -> None:
+    generator = torch.Generator().manual_seed(2)
+    canvas = (128, 96)
+    pyramid = [torch.randn(2, 3, canvas[0] // s, canvas[1] // s, generator=generator) for s in STRIDES]
+    corners = torch.rand(40, 2, 2, generator=generator) * torch.tensor([110.0, 150.0]) - 10  # some leave the canvas
+    boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+    boxes[0] = torch.tensor([0.0, 0, 95, 127])  # the whole canvas: the grid's corners on the corner cells
+    boxes[1] = torch.tensor([-90.0, -90, -50, -50])  # outside
+    image_index = torch.arange(40) % 2
+    config = sized(48.0, "crop_and_resize")
+    levels = pyramid_levels(boxes, config, canvas).tolist()
+    assert set(levels) == {0, 1, 2, 3}
+    ours, theirs = [p.clone().requires_grad_() for p in pyramid], [p.clone().requires_grad_() for p in pyramid]
+    pooled = pyramid_roi_align(ours, boxes, image_index, 5, config, canvas)
+    whole = torch.tensor([95.0, 127.0, 95.0, 127.0])
+    expected = torch.stack(
+        [
+            crop_and_resize(theirs[level][image], (box / whole).tolist(), 5)
+            for level, image, box in zip(levels, image_index.tolist(), boxes, strict=True)
+        ]
+    )
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pooled[0, :, ::4, ::4], pyramid[levels[0]][0][:, [0, -1]][:, :, [0, -1]])
+    assert not pooled[1].any()
+    partly = (expected == 0).flatten(1).any(dim=1) & (expected != 0).flatten(1).any(dim=1)
+    assert partly.sum() > 5  # what lies outside is zero
+    weights = torch.randn(pooled.shape, generator=generator)
+    torch.autograd.backward((pooled * weights).sum())
+    torch.autograd.backward((expected * weights).sum())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "level"),
+    [
+        (224, 224, 2),
+        (316, 316, 2),  # log2(316 / 224) = 0.496: rounded to the nearest, not down
+        (318, 318, 3),
+        (158, 158, 1),
+        (159, 159, 2),
+        (448, 112, 2),
+        (20, 20, 0),
+        (1023, 1023, 3),
+        (0, 500, 0),
+    ],
+)
+def test_level_of_the_original_by_hand(width: float, height: float, level: int) -> None:
+    # On a canvas of 1024 a side is counted as side / 1023 * 1024.
+    box = torch.tensor([[0.0, 0, width, height]])
+    found = pyramid_levels(box, sized(224.0, "crop_and_resize"), (1024, 1024))
+    torch.testing.assert_close(found, torch.tensor([level]))
+    # On a canvas half as high, the same share of its height is half as many pixels.
+    half = torch.tensor([[0.0, 0, width, height / 1023 * 511]])
+    found = pyramid_levels(half, sized(224.0 / 2**0.5, "crop_and_resize"), (512, 1024))
+    torch.testing.assert_close(found, torch.tensor([level]))
+
+
+@pytest.mark.parametrize("pooling", ["unaligned", "crop_and_resize"])
+@pytest.mark.parametrize("boxes", [torch.zeros(0, 4), torch.tensor([[4.0, 4, 12, 12]])])
+def test_every_pooling_keeps_every_level_in_the_graph(
+    pooling: Literal["unaligned", "crop_and_resize"], boxes: Tensor
+) -> None:
+    pyramid = [level.requires_grad_() for level in random_pyramid()]
+    index = torch.zeros(len(boxes), dtype=torch.int64)
+    pooled = pyramid_roi_align(pyramid, boxes, index, 7, sized(64.0, pooling), CANVAS)
+    assert pooled.shape == (len(boxes), 3, 7, 7)
+    assert pooled.dtype == torch.float32
+    torch.autograd.backward(pooled.sum())
+    assert all(level.grad is not None and level.grad.isfinite().all() for level in pyramid)

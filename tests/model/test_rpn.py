@@ -1,8 +1,10 @@
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model.anchors import level_anchors, pyramid_anchors
 from model.config import AnchorConfig, RpnConfig
+from model.losses import rpn_class_loss
 from model.rpn import RegionProposalNetwork
 
 CONFIG = AnchorConfig(scales=(8, 16, 32, 64, 128), ratios=(0.5, 1.0, 2.0))
@@ -78,3 +80,42 @@ def test_alone_equals_batched() -> None:
     for image in range(2):
         alone = rpn([level[image : image + 1] for level in pyramid])
         torch.testing.assert_close((logits[image : image + 1], deltas[image : image + 1]), alone)
+
+
+def test_one_logit_an_anchor_is_objectness_against_a_background_of_zero() -> None:
+    torch.manual_seed(0)
+    rpn = RegionProposalNetwork(4, RpnConfig(channels=8, objectness="sigmoid"), 3, 1)
+    nn.init.normal_(rpn.class_logits.weight)
+    pyramid = [torch.randn(2, 4, *size) for size in SIZES]
+    logits, deltas = rpn(pyramid)
+    assert rpn.class_logits.out_channels == 3
+    assert deltas.shape == (2, logits.shape[1], 4)
+    one = torch.cat(
+        [rpn.class_logits(torch.relu(rpn.shared[0](level))).permute(0, 2, 3, 1).reshape(2, -1) for level in pyramid],
+        dim=1,
+    )
+    torch.testing.assert_close(logits, torch.stack([torch.zeros_like(one), one], dim=2))
+    torch.testing.assert_close(logits.softmax(dim=2)[..., 1], one.sigmoid())
+
+    # The loss and its gradient are those of binary cross entropy.
+    positive = torch.rand(one.shape) < 0.3
+    loss = rpn_class_loss(logits, positive, torch.ones_like(positive), "batch")
+    expected = F.binary_cross_entropy_with_logits(one, positive.float())
+    torch.testing.assert_close(loss, expected)
+    weight = rpn.class_logits.weight
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], torch.autograd.grad(expected, weight)[0])
+
+
+def test_two_convolutions_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    rpn = RegionProposalNetwork(4, RpnConfig(channels=8, num_convolutions=2), 3, 2)
+    for layer in rpn.shared:
+        assert isinstance(layer, nn.Conv2d)
+        nn.init.normal_(layer.weight)
+    feature = torch.randn(1, 4, 7, 9)
+    first, second = rpn.shared
+    hidden = torch.relu(second(torch.relu(first(feature))))
+    assert hidden.shape == (1, 8, 4, 5)  # the stride of the anchors once
+    logits, deltas = rpn([feature])
+    torch.testing.assert_close(logits, rpn.class_logits(hidden).permute(0, 2, 3, 1).reshape(1, -1, 2))
+    torch.testing.assert_close(deltas, rpn.box_deltas(hidden).permute(0, 2, 3, 1).reshape(1, -1, 4))

@@ -172,6 +172,25 @@ class TestDrawSamples:
         assert samples.valid[0, :4].sum() == drawn_positives
         assert samples.valid[0, 4:].sum() == drawn_negatives
 
+    @pytest.mark.parametrize(
+        ("positives", "negatives", "fraction", "drawn_negatives"),
+        [
+            (20, 70, 0.33, 8),  # 4 * 3.03 = 12.1: 12 in all
+            (2, 70, 0.33, 4),  # 2 * 3.03 = 6.06
+            (1, 70, 0.33, 2),
+            (2, 70, 0.5, 2),
+            (2, 1, 0.33, 1),
+            (0, 70, 0.33, 0),  # no positives, no negatives
+        ],
+    )
+    def test_a_fixed_ratio_by_hand(self, positives: int, negatives: int, fraction: float, drawn_negatives: int) -> None:
+        row = torch.arange(100)[None]
+        positive, negative = row < positives, (row >= 100 - negatives)
+        samples = draw_samples(positive, negative, torch.tensor([1]), 1, 4, 8, 12, positive_fraction=fraction)
+        assert samples.valid[0, :4].sum() == min(positives, 4)
+        assert samples.valid[0, 4:].sum() == drawn_negatives
+        assert negative[0, samples.index[0, 4:][samples.valid[0, 4:]]].all()
+
     def test_fewer_candidates_than_slots(self) -> None:
         samples = draw_samples(torch.tensor([[True, False]]), torch.tensor([[False, True]]), self.KEYS[:1], 1, 5, 9, 9)
         assert samples.num_positive_slots == 2
@@ -337,6 +356,20 @@ class TestSampleRegions:
         assert not targets.classes.any()
         assert not targets.valid[:, :4].any()
         assert targets.valid[:, 4:].all()
+
+    def test_a_fixed_ratio_leaves_an_image_without_objects_without_regions(self) -> None:
+        config = ModelConfig(roi=RoiConfig(rois_per_image=16, positive_fraction=0.33, fixed_ratio=True))
+        batch = three_images()
+        targets = self.sample(batch, config)
+        assert targets.num_positive_slots == 5
+        assert (targets.classes > 0).sum(dim=1).tolist() == [5, 5, 0]
+        assert targets.valid.sum(dim=1).tolist() == [15, 15, 0]  # 5 * 3.03
+        one = take_images(batch, [1])
+        proposals = torch.cat([one.boxes[:, :1], random_boxes(40, 9)[None] + 1000], dim=1)
+        without = config.model_copy(update={"roi": config.roi.model_copy(update={"add_ground_truth": False})})
+        targets = self.sample(one, without, proposals)
+        assert targets.valid.sum() == 3
+        assert targets.classes[targets.valid].tolist() == [3, 0, 0]
 
     def test_empty_slots_change_nothing(self) -> None:
         batch = three_images()
