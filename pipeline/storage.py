@@ -26,8 +26,9 @@ def absolute(path: str, root: str = ".") -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """A file in a folder, for paths and URLs alike."""
-    return f"{folder.rstrip('/')}/{name}"
+    """A file in a folder, for paths and URLs alike; the options of a URL (`?endpoint_override=...`) stay at its end."""
+    place, mark, options = folder.partition("?") if is_url(folder) else (folder, "", "")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
 
 
 def open_filesystem(path: str) -> tuple[arrow_fs.FileSystem, str]:
@@ -91,10 +92,19 @@ def delete_file(path: str) -> None:
 
 def list_files(folder: str) -> set[str]:
     """Paths, relative to a folder, of all files below it; empty where there is no such folder."""
+    return set(list_stamps(folder))
+
+
+def list_stamps(folder: str) -> dict[str, str]:
+    """Of every file below a folder, by its path relative to it, what changes when it is written: size and time."""
     filesystem, inner = open_filesystem(folder)
     selector = arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True)
     prefix = len(inner.rstrip("/")) + 1
-    return {info.path[prefix:] for info in filesystem.get_file_info(selector) if info.type == arrow_fs.FileType.File}
+    return {
+        info.path[prefix:]: f"{info.size} {info.mtime_ns}"
+        for info in filesystem.get_file_info(selector)
+        if info.type == arrow_fs.FileType.File
+    }
 
 
 def delete_folder(folder: str) -> None:
