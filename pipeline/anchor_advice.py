@@ -59,7 +59,7 @@ def best_ious(objects: Objects, scales: Sequence[float], ratios: Sequence[float]
         for ratio in ratios:
             half = np.array([scale * ratio**0.5, scale / ratio**0.5]) / 2
             centres = np.stack([centres_x, centres_y], axis=1)
-            anchors = np.concatenate([centres - half, centres + half], axis=1)
+            anchors = np.concatenate([centres - half, centres + half], axis=1).astype(np.float32)  # as the model's
             best[:, level] = np.maximum(best[:, level], _iou(objects.boxes, anchors))
     return best
 
@@ -72,8 +72,9 @@ def _nearest_centre(
     return np.clip(np.rint(wanted / spacing), 0, last) * spacing
 
 
-def _iou(boxes: FloatArray, others: FloatArray) -> FloatArray:
+def _iou(boxes: FloatArray, others: npt.NDArray[Any]) -> FloatArray:
     """(N,) IoU of each box with the other of its place; 0 where a box has no area."""
+    others = others.astype(np.float64)
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
     intersection = np.prod(np.clip(sides, 0, None), axis=1)
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) + np.prod(others[:, 2:] - others[:, :2], axis=1)
