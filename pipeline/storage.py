@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import lru_cache
 
 from pyarrow import fs as arrow_fs
 
 from pipeline.errors import UserError
+
+_BUCKETS = ("s3", "gs", "gcs")
 
 
 def is_url(path: str) -> bool:
@@ -39,11 +42,23 @@ def open_filesystem(path: str) -> tuple[arrow_fs.FileSystem, str]:
     """
     if not is_url(path):
         return arrow_fs.LocalFileSystem(), os.path.abspath(path)
+    scheme, _, rest = path.partition("://")
+    place, mark, options = rest.partition("?")
     try:
-        filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+        if scheme not in _BUCKETS:
+            filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+            return filesystem, inner
+        bucket = place.partition("/")[0]
+        return _bucket_filesystem(f"{scheme}://{bucket}{mark}{options}"), place.rstrip("/")
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
-    return filesystem, inner
+
+
+@lru_cache(maxsize=16)
+def _bucket_filesystem(url: str) -> arrow_fs.FileSystem:
+    """File system of a bucket; connecting takes several round trips, so a process keeps it."""
+    filesystem, _ = arrow_fs.FileSystem.from_uri(url)
+    return filesystem
 
 
 def exists(path: str) -> bool:
