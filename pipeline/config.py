@@ -123,8 +123,6 @@ class DataSettings(Config):
     """Quality of stored JPEG images."""
     verify_shards: bool = True
     """Compare every shard with its SHA-256 before a training uses it; rows are compared when read in any case."""
-    repeat_threshold: Fraction = 0.0
-    """Rows with a class that fewer than this share of images show are repeated (LVIS repeat factors); 0 for never."""
     canvases: Annotated[tuple[tuple[CanvasSide, CanvasSide], ...], Field(min_length=1)] = (
         (800, 1344),
         (1344, 800),

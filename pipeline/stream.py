@@ -1,7 +1,6 @@
 """The stream: a planned order of rows, the same on any number of workers.
 
-Epoch e has an order drawn from (seed, e): shards shuffled, then rows within windows of shards; a row stands in it as
-often as its repeat factor says, and every place has a partner that copy-paste may take objects from. The run is the
+Epoch e has an order drawn from (seed, e): shards shuffled, then rows within windows of shards. The run is the
 concatenation of its epochs; step s takes the positions s * G to (s + 1) * G of it, G the global batch. Batches may span
 epochs; nothing is padded and nothing dropped. Where there are several canvases, rows of a canvas gather until they fill
 a step, across epochs. A place in the stream is one number, the step.
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,23 +34,7 @@ Int64Array = npt.NDArray[np.int64]
 MAX_STEPS_PER_BLOCK = 50
 SCHEDULING_PAUSE_SECONDS = 0.02
 MAX_BLOCK_BYTES = 32 * 1024 * 1024
-_PLACE = ("epoch", "row", "repeat", "partner")
-_PLAN_SCHEMA = pa.schema([(name, pa.int64()) for name in ("position", *_PLACE)])
-_FACTOR_BITS = 20  # repeat factors are multiples of 2 ** -20, so that sums of them are exact
-
-
-class Step(NamedTuple):
-    """What the plan says of one step, of all workers; all rows share a canvas."""
-
-    step: int
-    epochs: Int64Array
-    """(G,) epoch of every row."""
-    rows: Int64Array
-    """(G,)"""
-    repeats: Int64Array
-    """(G,) how often the row stood in its epoch before."""
-    partners: Int64Array
-    """(G,) another row of the epoch, from the same window of shards."""
+_PLAN_SCHEMA = pa.schema([("position", pa.int64()), ("epoch", pa.int64()), ("row", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -66,115 +49,59 @@ class StreamPlan:
     global_batch_size: int
     """G."""
     seed: int
-    repeat_factors: npt.NDArray[np.float64] | None = None
-    """(num_rows,) how often each row stands in an epoch, on average; None for once each."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the data set."""
+        """Rows of an epoch."""
         return len(self.row_canvases)
-
-    @property
-    def mean_epoch_length(self) -> float:
-        """Places of an epoch, on average."""
-        return float(self._factors().sum() / 2**_FACTOR_BITS)
-
-    def epoch_length(self, epoch: int) -> int:
-        """Places of one epoch: the sum of the repeat factors, up or down to a whole number."""
-        return int(self._factors().sum() + self._offset(epoch)) >> _FACTOR_BITS
 
     def steps_of_epochs(self, epochs: float) -> int:
         """Steps that take the rows of the given number of epochs (with several canvases some of them still wait)."""
-        whole = math.floor(epochs)
-        places: float = sum(self.epoch_length(epoch) for epoch in range(whole))
-        if epochs > whole:
-            places += (epochs - whole) * self.epoch_length(whole)
-        return math.ceil(round(places, 6) / self.global_batch_size)
-
-    def row_counts(self, epoch: int) -> Int64Array:
-        """(num_rows,) how often each row stands in an epoch: its repeat factor, up or down to a whole number.
-
-        Systematic sampling: the factors lie end to end on a line in random order, and every whole number counts for the
-        row that it falls into.
-        """
-        order = np.random.default_rng([self.seed, epoch, 0, 0, 2]).permutation(self.num_rows)
-        ends = (np.cumsum(self._factors()[order]) + self._offset(epoch)) >> _FACTOR_BITS
-        counts = np.empty(self.num_rows, dtype=np.int64)
-        counts[order] = np.diff(ends, prepend=0)
-        return counts
-
-    def _factors(self) -> Int64Array:
-        """Repeat factors as whole numbers."""
-        if self.repeat_factors is None:
-            return np.full(self.num_rows, 1 << _FACTOR_BITS, dtype=np.int64)
-        factors: Int64Array = np.rint(self.repeat_factors * 2**_FACTOR_BITS).astype(np.int64)
-        return factors
-
-    def _offset(self, epoch: int) -> int:
-        """Where on the line of factors the whole numbers of an epoch lie."""
-        return int(np.random.default_rng([self.seed, epoch, 0, 0, 3]).integers(1 << _FACTOR_BITS))
+        return math.ceil(round(epochs * self.num_rows, 6) / self.global_batch_size)
 
     def epoch_order(self, epoch: int) -> Int64Array:
-        """(places,) rows of one epoch in their order, drawn from (seed, epoch); without repeats a permutation."""
-        return np.concatenate(self._windows(epoch))
-
-    def _windows(self, epoch: int) -> list[Int64Array]:
+        """(num_rows,) rows of one epoch in their order: a permutation, drawn from (seed, epoch)."""
         rng = np.random.default_rng([self.seed, epoch])
         shards = rng.permutation(math.ceil(self.num_rows / self.rows_per_shard))
-        counts = None if self.repeat_factors is None else self.row_counts(epoch)
         windows = []
         for start in range(0, len(shards), self.shuffle_window):
             first_rows = shards[start : start + self.shuffle_window, None] * self.rows_per_shard
             rows = (first_rows + np.arange(self.rows_per_shard)).ravel()
-            rows = rows[rows < self.num_rows]
-            windows.append(rng.permutation(rows if counts is None else np.repeat(rows, counts[rows])))
-        return windows
+            windows.append(rng.permutation(rows[rows < self.num_rows]))
+        return np.concatenate(windows)
 
-    def _places(self, epoch: int) -> Int64Array:
-        """(places, 4) of one epoch in order, columns as in `_PLACE`."""
-        windows = self._windows(epoch)
-        rng = np.random.default_rng([self.seed, epoch, 0, 0, 1])
-        partners = np.concatenate([rng.permutation(window) for window in windows])
-        rows = np.concatenate(windows)
-        return np.stack([np.full(len(rows), epoch), rows, _times_before(rows), partners], axis=1).astype(np.int64)
-
-    def steps(self, first_step: int, last_step: int) -> Iterator[Step]:
-        """Steps with first_step <= step < last_step."""
+    def steps(self, first_step: int, last_step: int) -> Iterator[tuple[int, Int64Array, Int64Array]]:
+        """Step, epochs (G,) and rows (G,) for first_step <= step < last_step; all rows of a step share a canvas."""
         step, epoch = 0, 0
-        waiting: dict[int, Int64Array] = {}  # canvas to the places that fill no step yet
+        waiting: dict[int, tuple[Int64Array, Int64Array]] = {}  # canvas to epochs and rows that fill no step yet
         while step < last_step:
-            for places in self._full_steps(epoch, waiting):
+            for epochs, rows in self._full_steps(epoch, waiting):
                 if first_step <= step < last_step:
-                    yield Step(step, *places.T)
+                    yield step, epochs, rows
                 step += 1
             epoch += 1
 
-    def _full_steps(self, epoch: int, waiting: dict[int, Int64Array]) -> list[Int64Array]:
+    def _full_steps(
+        self, epoch: int, waiting: dict[int, tuple[Int64Array, Int64Array]]
+    ) -> list[tuple[Int64Array, Int64Array]]:
         """Steps that fill up in the course of one epoch, in the order in which they do; `waiting` is carried on."""
-        places = self._places(epoch)
+        order = self.epoch_order(epoch)
         size = self.global_batch_size
-        filled: list[tuple[int, Int64Array]] = []
+        filled: list[tuple[int, Int64Array, Int64Array]] = []
         for canvas in np.unique(self.row_canvases):
-            mine = np.flatnonzero(self.row_canvases[places[:, 1]] == canvas)
-            old = waiting.get(int(canvas), np.empty((0, len(_PLACE)), dtype=np.int64))
-            together = np.concatenate([old, places[mine]])
-            num_steps = len(together) // size
+            places = np.flatnonzero(self.row_canvases[order] == canvas)
+            nothing = np.empty(0, dtype=np.int64)
+            old_epochs, old_rows = waiting.get(int(canvas), (nothing, nothing))
+            epochs = np.concatenate([old_epochs, np.full(len(places), epoch, dtype=np.int64)])
+            rows = np.concatenate([old_rows, order[places]])
+            num_steps = len(rows) // size
             for index in range(num_steps):
-                last_place = int(mine[(index + 1) * size - 1 - len(old)])
-                filled.append((last_place, together[index * size : (index + 1) * size]))
-            waiting[int(canvas)] = together[num_steps * size :]
+                part = slice(index * size, (index + 1) * size)
+                last_place = int(places[(index + 1) * size - 1 - len(old_rows)])
+                filled.append((last_place, epochs[part], rows[part]))
+            waiting[int(canvas)] = (epochs[num_steps * size :], rows[num_steps * size :])
         filled.sort(key=lambda entry: entry[0])
-        return [step for _, step in filled]
-
-
-def _times_before(rows: Int64Array) -> Int64Array:
-    """For every place how often its row stands further ahead."""
-    order = np.argsort(rows, kind="stable")
-    grouped = rows[order]
-    first = np.searchsorted(grouped, grouped)
-    times = np.empty(len(rows), dtype=np.int64)
-    times[order] = np.arange(len(rows)) - first
-    return times
+        return [(epochs, rows) for _, epochs, rows in filled]
 
 
 def planned_blocks(
@@ -193,16 +120,17 @@ def planned_blocks(
     if size * num_workers != plan.global_batch_size:
         raise ValueError(f"a global batch of {plan.global_batch_size} does not divide by {num_workers} workers")
     blocks: list[Any] = []
-    chunk: list[Step] = []
+    chunk: list[tuple[int, Int64Array, Int64Array]] = []
 
     def close_chunk() -> None:
         for worker in range(num_workers if chunk else 0):
             mine = slice(worker * size, (worker + 1) * size)
-            positions = [np.arange(plan.global_batch_size)[mine] + s.step * plan.global_batch_size for s in chunk]
-            places = [
-                np.concatenate([values[mine] for values in column]) for column in list(zip(*chunk, strict=True))[1:]
+            positions = [np.arange(plan.global_batch_size)[mine] + s * plan.global_batch_size for s, _, _ in chunk]
+            columns = [
+                np.concatenate(positions),
+                np.concatenate([epochs[mine] for _, epochs, _ in chunk]),
+                np.concatenate([rows[mine] for _, _, rows in chunk]),
             ]
-            columns = [np.concatenate(positions), *places]
             blocks.append(pa.table(columns, schema=_PLAN_SCHEMA))
         chunk.clear()
 
@@ -220,9 +148,9 @@ def steps_per_block(canvases: tuple[tuple[int, int], ...], batch_size_per_worker
     return int(np.clip(MAX_BLOCK_BYTES // largest, 1, MAX_STEPS_PER_BLOCK))
 
 
-def random_key(seed: int, epoch: int, row: int, repeat: int = 0) -> int:
+def random_key(seed: int, epoch: int, row: int) -> int:
     """What the draws of the model for a row in an epoch are a function of: 63 bits."""
-    return int(np.random.SeedSequence([seed, epoch, row, repeat]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @lru_cache(maxsize=2)
@@ -251,27 +179,16 @@ class LoadBlock:
         rows = [self.load(shards, *planned) for planned in zip(*table.to_pydict().values(), strict=True)]
         return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
 
-    def load(
-        self, shards: ShardSet, position: int, epoch: int, row: int, repeat: int = 0, partner: int | None = None
-    ) -> dict[str, Any]:
-        """One planned row, a function of (seed, epoch, row, repeat).
-
-        Args:
-            shards: to read from.
-            position: place in the run.
-            epoch: in which it stands.
-            row: of the shards.
-            repeat: how often it stood in the epoch before.
-            partner: row that copy-paste takes objects from; no augmentation asks for it yet.
-        """
+    def load(self, shards: ShardSet, position: int, epoch: int, row: int) -> dict[str, Any]:
+        """One planned row, a function of (seed, epoch, row)."""
         values = shards.read_row(row)
-        rng = np.random.default_rng([self.seed, epoch, row, repeat])
+        rng = np.random.default_rng([self.seed, epoch, row])
         sample = augment(sample_from_row(values), self.augment_settings, rng)
         canvas_height, canvas_width = shards.manifest.canvases[values["canvas"]]
         return {
             "position": position,
             "row": row,
-            "random_key": random_key(self.seed, epoch, row, repeat),
+            "random_key": random_key(self.seed, epoch, row),
             "source": values["source"],
             "canvas_height": canvas_height,
             "canvas_width": canvas_width,

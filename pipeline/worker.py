@@ -26,7 +26,6 @@ from pipeline.config import ExperimentConfig
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.prepare import PreparedData
-from pipeline.repeat_factors import repeat_factors
 from pipeline.report import draw_comparison
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
@@ -46,7 +45,6 @@ def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
         config.data.shuffle_window,
         config.global_batch_size,
         config.train.seed,
-        repeat_factors(shards.manifest, config.data.repeat_threshold),
     )
 
 
@@ -337,7 +335,7 @@ class Worker:
         return self.images_trained / self.seconds_trained if self.seconds_trained else self.speed_before
 
     def _epoch(self) -> float:
-        return self.step * self.config.global_batch_size / self.plan.mean_epoch_length
+        return self.step * self.config.global_batch_size / self.plan.num_rows
 
     def _object_group(self) -> Any:
         """Process group that sends Python objects from memory to memory, also where tensors go over NCCL."""

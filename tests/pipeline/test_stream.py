@@ -42,7 +42,7 @@ def make_plan(
 
 
 def steps_of(plan: StreamPlan, first: int, last: int) -> list[Step]:
-    return [(step, epochs.tolist(), rows.tolist()) for step, epochs, rows, *_ in plan.steps(first, last)]
+    return [(step, epochs.tolist(), rows.tolist()) for step, epochs, rows in plan.steps(first, last)]
 
 
 THREE_CANVASES = np.random.default_rng(0).choice(3, size=37, p=[0.6, 0.3, 0.1]).tolist()
@@ -101,7 +101,7 @@ def test_every_row_is_seen_exactly_as_planned(batch: int) -> None:
     counts = np.bincount(THREE_CANVASES, minlength=3)
     full_steps = sum(int(number) * num_epochs // batch for number in counts)
     seen: Counter[tuple[int, int]] = Counter()
-    for _, epochs, rows, *_ in plan.steps(0, full_steps):
+    for _, epochs, rows in plan.steps(0, full_steps):
         assert len(set(plan.row_canvases[rows].tolist())) == 1  # all rows of a step share a canvas
         seen.update(zip(epochs.tolist(), rows.tolist(), strict=True))
     assert set(seen.values()) == {1}
@@ -181,7 +181,7 @@ def test_blocks_of_all_workers_are_the_order_of_one(
     for index, (step, epochs, rows) in enumerate(steps_of(plan, 3, 14)):
         part = slice(index * size, (index + 1) * size)
         joined = {name: [value for stream in streams for value in stream[name][part]] for name in streams[0]}
-        assert {name: joined[name] for name in ("position", "epoch", "row")} == {
+        assert joined == {
             "position": list(range(step * batch, (step + 1) * batch)),
             "epoch": epochs,
             "row": rows,
@@ -336,7 +336,7 @@ def test_workers_together_see_what_one_worker_sees(
     planned = list(real_plan(prepared, 6).steps(first, 20))
     active = ShardSet(prepared.data.training).manifest.active_classes()
     sources = [values["source"] for values in ShardSet(prepared.data.training).read_rows(range(21))]
-    for index, (_, epochs, rows, *_rest) in enumerate(planned):
+    for index, (_, epochs, rows) in enumerate(planned):
         step = [batches[index] for batches in found]
         assert [batch.num_images for batch in step] == [6 // num_workers] * num_workers
         keys = [random_key(3, int(epoch), int(row)) for epoch, row in zip(epochs, rows, strict=True)]
