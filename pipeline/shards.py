@@ -239,7 +239,7 @@ def row_values(message: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field, column in zip(ROW_SCHEMA, batch.columns, strict=True):
         if pa.types.is_list(field.type):
-            values[field.name] = column.flatten().to_numpy(zero_copy_only=False)
+            values[field.name] = column.values.to_numpy(zero_copy_only=False)  # all of them: a batch is one row
         elif pa.types.is_large_binary(field.type):
             values[field.name] = np.frombuffer(column[0].as_buffer(), dtype=np.uint8)
         else:
