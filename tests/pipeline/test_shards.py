@@ -226,3 +226,64 @@ def test_shards_are_read_from_a_url(prepared: Prepared) -> None:
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             np.testing.assert_array_equal(theirs[name], value)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_flipped_bit_in_a_row_is_named_and_the_other_rows_are_read(
+    prepared: Prepared, tmp_path: Path, place: float
+) -> None:
+    """Wherever in the values of the row it is, at the first reading."""
+    folder = tmp_path / "shards"
+    shutil.copytree(prepared.data.validation, folder)
+    shard = read_manifest(str(folder)).shards[0]
+    path = folder / shard["name"]
+    content = bytearray(path.read_bytes())
+    first, end = shard["offsets"][1:3]
+    content[first + int(place * (end - first))] ^= 16
+    path.write_bytes(content)
+    shards = ShardSet(str(folder))
+    with pytest.raises(UserError) as caught:
+        shards.read_row(1)
+    assert str(caught.value).startswith(f"{path}: row 1 is damaged (")
+    assert [shards.read_row(row)["row"] for row in (0, 2, 3, 6)] == [0, 2, 3, 6]
+
+
+@pytest.mark.cluster
+def test_jpeg_shards_read_as_pixels(local_ray: None, tmp_path: Path) -> None:
+    records = records_of(tmp_path, coco_content("a", [2, 1], ANIMALS, seed=1, first_id=1))
+    settings = dataclasses.replace(row_settings(), image_format="jpeg")
+    raw, jpeg = write(tmp_path / "raw", records), write(tmp_path / "jpeg", records, settings=settings)
+    assert (raw.image_format, jpeg.image_format) == ("raw", "jpeg")
+    assert raw.digest != jpeg.digest
+    for row, record in enumerate(records):
+        ours, theirs = (ShardSet(str(tmp_path / name)).read_row(row) for name in ("jpeg", "raw"))
+        with Image.open(io.BytesIO(encode_row(row, record, settings)[0]["image"])) as file:
+            np.testing.assert_array_equal(ours["image"].reshape(*file.size[::-1], 3), np.asarray(file))
+        assert (ours["image"].shape, ours["image"].dtype) == (theirs["image"].shape, np.uint8)
+        np.testing.assert_array_equal(ours["mask_bits"], theirs["mask_bits"])
+
+
+@pytest.mark.cluster
+def test_written_again_are_the_same_bytes(local_ray: None, tmp_path: Path) -> None:
+    records = records_of(tmp_path, coco_content("a", [2, 1, 0, 3], ANIMALS, seed=1, first_id=1))
+    write(tmp_path / "one", records)
+    write(tmp_path / "two", records)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.mark.cluster
+def test_manifest_names_the_bytes_of_every_row_and_its_classes(prepared: Prepared) -> None:
+    shards = ShardSet(prepared.data.training)
+    for shard in shards.manifest.shards:
+        assert len(shard["offsets"]) == shard["num_rows"] + 1
+        assert shard["offsets"] == sorted(shard["offsets"])
+        content = (Path(prepared.data.training) / shard["name"]).read_bytes()
+        reader = pa.ipc.open_file(pa.BufferReader(content))
+        metadata = reader.schema.metadata
+        assert json.loads(metadata[b"class_names"]) == list(CLASS_NAMES)
+        assert metadata[b"format_version"] == b"2"
+        for number, classes in enumerate(shard["classes"]):
+            values = shards.read_row(shard["first_row"] + number)
+            assert reader.get_batch(number)["image_id"].to_pylist() == [values["image_id"]]
+            assert classes == sorted(set(values["classes"][~values["is_crowd"]].tolist()))
