@@ -35,6 +35,67 @@ class SyntheticSettings(Config):
     """What the data set is a function of."""
 
 
+ErrorOrDrop = Literal["error", "drop"]
+ErrorDropOrFix = Literal["error", "drop", "fix"]
+ErrorDropOrKeep = Literal["error", "drop", "keep"]
+AnyPolicy = Literal["error", "drop", "fix", "keep"]
+
+
+class PolicySettings(Config):
+    """What to do about each kind of problem in the data: stop, leave the record out, mend it, or leave it as it is."""
+
+    malformed_record: ErrorOrDrop = "error"
+    """A record without what it needs: id, size, four numbers for a box, run lengths that fit the image."""
+    non_finite_number: ErrorOrDrop = "error"
+    """NaN or infinity in a box, an area or an outline."""
+    path_outside_folder: ErrorOrDrop = "error"
+    """An absolute path or `..` in file_name; the file is never opened."""
+    duplicate_image_id: ErrorOrDrop = "error"
+    """Two images with one id; drop keeps the first."""
+    duplicate_annotation_id: ErrorOrDrop = "error"
+    """Two annotations with one id; drop keeps the first."""
+    duplicate_file_name: ErrorDropOrKeep = "keep"
+    """Two images with one file; drop keeps the first."""
+    duplicate_category_name: Literal["error", "fix"] = "error"
+    """Two categories with one name; fix makes them one class."""
+    unknown_image: ErrorOrDrop = "error"
+    """An annotation of an image that is not listed."""
+    unknown_category: ErrorOrDrop = "error"
+    """An annotation of a category that is not listed, such as 0."""
+    no_segmentation: ErrorOrDrop = "error"
+    """An annotation without an outline."""
+    missing_file: ErrorOrDrop = "error"
+    """An image whose file is not there."""
+    file_in_subfolder: ErrorDropOrFix = "error"
+    """An image whose file is only in a subfolder; fix takes it from there where there is just one."""
+    unreadable_image: ErrorOrDrop = "error"
+    """A file that cannot be decoded whole."""
+    decompression_bomb: ErrorOrDrop = "error"
+    """A file that claims more pixels than anybody has; it is never decoded."""
+    size_mismatch: ErrorOrDrop = "error"
+    """A file of another size than its record says, most likely because of a lost EXIF orientation."""
+    exif_orientation: ErrorDropOrKeep = "keep"
+    """A file with an EXIF turn; it is turned, unless only the unturned pixels have the size of the record."""
+    image_without_annotations: ErrorDropOrKeep = "keep"
+    """An image without objects teaches what background is."""
+    box_without_size: ErrorDropOrFix = "drop"
+    """A box with a side of zero or less; fix takes the box of the mask."""
+    box_outside_image: ErrorDropOrFix = "drop"
+    """A box that lies outside the image; fix takes the box of the mask."""
+    box_beyond_edge: AnyPolicy = "keep"
+    """A box that leaves the image by more than a pixel (it is clipped for training); fix takes the box of the mask."""
+    short_polygon: ErrorDropOrFix = "fix"
+    """A part of an outline with fewer than three points or without extent; fix leaves the part out."""
+    empty_mask: ErrorOrDrop = "drop"
+    """An outline that covers no pixel."""
+    box_disagrees_with_mask: AnyPolicy = "keep"
+    """A box more than 2 pixels off the box of its mask; fix takes the box of the mask."""
+    area_disagrees_with_mask: AnyPolicy = "keep"
+    """An area more than 15 % off the number of pixels of its mask; fix takes that number."""
+    crowd: ErrorDropOrKeep = "keep"
+    """A crowd: never trained on as an object, ignored in matching and in evaluation."""
+
+
 class DataSettings(Config):
     """Where images and annotations are, and how they are laid out for training."""
 
@@ -52,8 +113,16 @@ class DataSettings(Config):
     """Make the shapes data set below data.root first."""
     shards: str | None = None
     """Folder of the prepared Arrow shards; by default one below run.storage_path, named by what went into it."""
+    policies: PolicySettings = PolicySettings()
+    """What to do about each kind of problem in the data."""
     rows_per_shard: PositiveInt = 64
     """Images in a shard."""
+    image_format: Literal["raw", "jpeg"] = "raw"
+    """Pixels as they are, fastest to read, or JPEG, for small disks."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of stored JPEG images."""
+    verify_shards: bool = True
+    """Compare every shard with its SHA-256 before a training uses it; rows are compared when read in any case."""
     canvases: Annotated[tuple[tuple[CanvasSide, CanvasSide], ...], Field(min_length=1)] = (
         (800, 1344),
         (1344, 800),

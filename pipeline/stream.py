@@ -25,6 +25,7 @@ import pyarrow as pa
 from model.structures import Batch
 from pipeline.augment import augment
 from pipeline.config import AugmentSettings
+from pipeline.errors import UserError
 from pipeline.sample import SAMPLE_SCHEMA, collate, sample_from_row, sample_to_values
 from pipeline.shards import ShardSet
 
@@ -257,10 +258,11 @@ class PlannedBatches:
         """One batch for each step from first_step to last_step.
 
         Raises:
+            UserError: a row is damaged.
             RuntimeError: Ray Data delivered rows of another place in the plan, or too few.
         """
         size, step = self.batch_size_per_worker, self.first_step
-        for table in self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
+        for table in self._tables(size):
             first = (step * self.num_workers + self.worker) * size
             positions = table["position"].to_pylist()
             if positions != list(range(first, first + size)):
@@ -269,6 +271,19 @@ class PlannedBatches:
             step += 1
         if step != self.last_step:
             raise RuntimeError(f"worker {self.worker}: the stream ended before step {step}, not {self.last_step}")
+
+    def _tables(self, size: int) -> Iterator[Any]:
+        """What Ray Data delivers; a user's error in one of its tasks comes out as what it was."""
+        import ray
+
+        try:
+            yield from self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2)
+        except ray.exceptions.RayTaskError as error:
+            mark = f"{UserError.__module__}.{UserError.__qualname__}: "
+            told = [line.partition(mark)[2] for line in str(error).splitlines() if mark in line]
+            if not told:
+                raise
+            raise UserError(told[-1]) from error
 
 
 def table_rows(table: Any) -> list[Mapping[str, Any]]:

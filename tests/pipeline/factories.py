@@ -27,9 +27,18 @@ from model.config import (
     RpnConfig,
 )
 from pipeline.coco import Annotation, ClassMap, CocoFile, ImageRecord
-from pipeline.config import AugmentSettings, CocoSource, DataSettings, ExperimentConfig, RunSettings, TrainSettings
+from pipeline.config import (
+    AugmentSettings,
+    CocoSource,
+    DataSettings,
+    ExperimentConfig,
+    PolicySettings,
+    RunSettings,
+    TrainSettings,
+)
 from pipeline.prepare import PreparedData
-from pipeline.shards import ROW_SCHEMA, encode_row
+from pipeline.row_encoding import RowSettings, encode_row
+from pipeline.shards import ROW_SCHEMA
 
 Json = dict[str, Any]
 Bitmap = npt.NDArray[np.bool_]
@@ -232,9 +241,14 @@ def record_of(
     return ImageRecord(0, 1, path.name, str(path), height, width, annotations)
 
 
+def row_settings(canvases: Sequence[tuple[int, int]] = CANVASES, policies: dict[str, str] | None = None) -> RowSettings:
+    """Raw images; policies by kind, the others by default."""
+    return RowSettings(tuple(canvases), PolicySettings.model_validate(policies or {}), "raw", 95)
+
+
 def row_of(record: ImageRecord, canvases: Sequence[tuple[int, int]] = CANVASES) -> dict[str, Any]:
     """The row that a record becomes, with the types that `ShardSet.read_row` gives it."""
-    values, _ = encode_row(0, record, canvases)
+    values, _ = encode_row(0, record, row_settings(canvases))
     for field in ROW_SCHEMA:
         if pa.types.is_list(field.type):
             values[field.name] = np.array(values[field.name], dtype=field.type.value_type.to_pandas_dtype())

@@ -15,6 +15,7 @@ import torch
 from model.structures import Batch
 from pipeline.augment import augment, flip
 from pipeline.config import AugmentSettings
+from pipeline.errors import UserError
 from pipeline.sample import SAMPLE_SCHEMA, sample_from_row, sample_to_values
 from pipeline.shards import MANIFEST, ShardSet
 from pipeline.stream import (
@@ -288,6 +289,22 @@ def consume(
     ]
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(list, workers))
+
+
+@pytest.mark.cluster
+def test_damaged_row_is_named_by_the_stream(prepared: Prepared, tmp_path: Path) -> None:
+    """Also where nobody compared the shards before, or one was damaged since."""
+    shutil.copytree(prepared.data.training, tmp_path / "shards")
+    moved = dataclasses.replace(prepared.data, training=str(tmp_path / "shards"))
+    shard = ShardSet(moved.training).manifest.shards[2]
+    path = tmp_path / "shards" / shard["name"]
+    content = bytearray(path.read_bytes())
+    content[(shard["offsets"][1] + shard["offsets"][2]) // 2] ^= 1  # in the pixels of the second row
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        consume(dataclasses.replace(prepared, data=moved), 2, 0, 20)
+    assert str(caught.value).startswith(f"{path}: row 9 is damaged (its content does not have its digest); delete")
+    assert ShardSet(moved.training).read_row(8)["row"] == 8
 
 
 @pytest.fixture(scope="module")
