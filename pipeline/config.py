@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, PositiveFloat, PositiveInt
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
 
 
@@ -81,17 +82,41 @@ class OptimSettings(Config):
     name: Literal["sgd", "adamw"] = "sgd"
     """Optimiser."""
     learning_rate: PositiveFloat = 0.02
-    """Learning rate after warm-up, for the global batch that is configured."""
+    """Learning rate after warm-up, for the reference batch or else for the global batch that is configured."""
+    reference_batch_size: PositiveInt | None = None
+    """Batch that learning_rate, warmup_steps and milestones are for and scaled from; null takes them as they are."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum of SGD."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay of weights; norms and biases have none."""
+    """Weight decay of weights; norms have none."""
+    decay_biases: bool = False
+    """Decay the biases of convolutions and linear layers too."""
     warmup_steps: NonNegativeInt = 1000
-    """Steps over which the learning rate rises linearly from a thousandth."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """Steps over which the learning rate rises linearly."""
+    warmup_factor: Fraction = 1e-3
+    """Share of the learning rate that the first step has."""
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     """What the learning rate does after warm-up; cosine ends at a hundredth on the last step."""
-    gradient_clip_norm: PositiveFloat = 5.0
-    """Largest global norm of the gradient."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """Steps at which multistep multiplies the learning rate by decay_factor."""
+    decay_factor: PositiveFraction = 0.1
+    """What multistep multiplies the learning rate by."""
+    gradient_clip_norm: PositiveFloat | None = 5.0
+    """Largest global norm of the gradient; null does not clip."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Evaluate and predict with an exponential moving average of the weights of this decay a step; null for without."""
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} have to rise")
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError(f"schedule {self.schedule} with milestones {list(self.milestones)}: multistep needs some")
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs name sgd and a momentum")
+        return self
 
 
 class TrainSettings(Config):
@@ -102,7 +127,11 @@ class TrainSettings(Config):
     max_steps: PositiveInt | None = None
     """Stop after so many steps, whatever the epochs."""
     batch_size_per_worker: PositiveInt = 2
-    """Images a worker and step; the global batch is this times scaling.num_workers."""
+    """Images a worker and pass; the global batch is this times accumulation_steps times scaling.num_workers."""
+    accumulation_steps: PositiveInt = 1
+    """Passes whose gradients are averaged into one step: a large global batch in little memory."""
+    trainable_layers: Literal["heads", "5+", "4+", "3+", "all"] = "all"
+    """Layers that learn: FPN, RPN and heads alone, or with the ResNet from that stage on."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it."""
     seed: NonNegativeInt = 0
@@ -181,4 +210,13 @@ class ExperimentConfig(Config):
     @property
     def global_batch_size(self) -> int:
         """Images a step over all workers."""
-        return self.train.batch_size_per_worker * self.scaling.num_workers
+        return self.train.batch_size_per_worker * self.train.accumulation_steps * self.scaling.num_workers
+
+    @model_validator(mode="after")
+    def _frozen_layers_keep_their_statistics(self) -> Self:
+        if self.train.trainable_layers != "all" and self.model.backbone.norm != "frozen":
+            raise ValueError(
+                f"train.trainable_layers {self.train.trainable_layers} needs model.backbone.norm frozen: "
+                "layers that do not learn must not change by their statistics either"
+            )
+        return self

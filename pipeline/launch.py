@@ -15,6 +15,7 @@ from pipeline.checkpoint import read_description
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
+from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
@@ -114,11 +115,13 @@ def _explain(
 ) -> None:
     steps = total_steps(config, make_plan(config, shards))
     device = "GPU" if placement.use_gpu else "CPU"
+    passes = f" x {config.train.accumulation_steps} passes" if config.train.accumulation_steps > 1 else ""
     say(
         f"train: {len(shards)} images, {shards.manifest.num_classes - 1} classes, {len(validation)} to validate on; "
-        f"{config.scaling.num_workers} workers ({device}) x {config.train.batch_size_per_worker} images = "
+        f"{config.scaling.num_workers} workers ({device}) x {config.train.batch_size_per_worker} images{passes} = "
         f"{config.global_batch_size} a step, {steps} steps"
     )
+    say(f"train: {explain_scaling(config.optim, config.global_batch_size)}")
     say(f"train: {'going on with' if resumed else 'beginning'} run {config.run.name} in {folder}")
 
 

@@ -252,22 +252,26 @@ class PlannedBatches:
     """Rank of this worker."""
     batch_size_per_worker: int
     num_workers: int
+    accumulation_steps: int = 1
+    """Batches that a step is cut into."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """One batch for each step from first_step to last_step.
+        """Batches of each step from first_step to last_step, one after the other.
 
         Raises:
             RuntimeError: Ray Data delivered rows of another place in the plan, or too few.
         """
-        size, step = self.batch_size_per_worker, self.first_step
+        size, part = self.batch_size_per_worker, self.first_step * self.accumulation_steps
         for table in self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
-            first = (step * self.num_workers + self.worker) * size
+            step, index = divmod(part, self.accumulation_steps)
+            first = ((step * self.num_workers + self.worker) * self.accumulation_steps + index) * size
             positions = table["position"].to_pylist()
             if positions != list(range(first, first + size)):
                 raise RuntimeError(f"worker {self.worker}, step {step}: rows of positions {positions}, not {first} on")
             yield collate(table_rows(table), self.active_classes)
-            step += 1
-        if step != self.last_step:
+            part += 1
+        if part != self.last_step * self.accumulation_steps:
+            step = part // self.accumulation_steps
             raise RuntimeError(f"worker {self.worker}: the stream ended before step {step}, not {self.last_step}")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model.config import LossConfig
 from model.losses import LOSS_NAMES
 from model.structures import Batch
 from pipeline.config import ExperimentConfig
-from pipeline.optim import learning_rate, set_learning_rate
+from pipeline.optim import learning_rate, scale_to_batch, set_learning_rate
 
 STEP_METRICS = ("loss", *LOSS_NAMES, "gradient_norm")
 """Order of the numbers that `train_step` returns."""
@@ -52,18 +54,19 @@ def total_loss(losses: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
 
 def train_step(
     model: nn.Module,
-    batch: Batch,
+    batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     config: ExperimentConfig,
     step: int,
     total_steps: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Forward, backward, clip, update.
+    """Forward and backward for each batch, then clip and update once.
 
     Args:
         model: `MaskRCNN`, alone or in DistributedDataParallel, in training mode.
-        batch: on the model's device.
+        batches: `train.accumulation_steps` of the same number of images, on the model's device; the gradient is that of
+            all their images together.
         optimizer: from `build_optimizer`.
         config: loss weights, schedule, clipping.
         step: number of this step.
@@ -74,16 +77,36 @@ def train_step(
         (7,) float32 on the device, in the order of `STEP_METRICS`: the sum, the five losses without weights, and the
         norm of the gradient before clipping. Not fetched, so that a GPU need not be waited for.
     """
-    set_learning_rate(optimizer, learning_rate(step, total_steps, config.optim))
+    settings = scale_to_batch(config.optim, config.global_batch_size)
+    set_learning_rate(optimizer, learning_rate(step, total_steps, settings))
     optimizer.zero_grad(set_to_none=True)
-    with autocast(dtype, batch.images.device.type):
-        losses = model(batch)
-    loss = total_loss(losses, config.model.losses)
-    loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.gradient_clip_norm)
+    values = accumulate_gradients(model, batches, config.model.losses, dtype)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradient_norm = torch.nn.utils.get_total_norm(gradients)
+    if config.optim.gradient_clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.gradient_clip_norm, gradient_norm)
     optimizer.step()
-    return torch.stack([loss.detach(), *(losses[name].detach() for name in LOSS_NAMES), gradient_norm.detach()])
+    return torch.cat([values, gradient_norm.detach()[None]])
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Sequence[Batch], weights: LossConfig, dtype: torch.dtype | None
+) -> Tensor:
+    """Add the gradient of the mean over all images of the batches; workers exchange theirs once, with the last batch.
+
+    Returns:
+        (6,) float32, the sum and the five losses without weights, averaged over the batches.
+    """
+    values = torch.zeros(1 + len(LOSS_NAMES), device=batches[0].images.device)
+    for index, batch in enumerate(batches):
+        waits = isinstance(model, DistributedDataParallel) and index < len(batches) - 1
+        with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            with autocast(dtype, batch.images.device.type):
+                losses = model(batch)
+            loss = total_loss(losses, weights)
+            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+        values += torch.stack([loss.detach(), *(losses[name].detach() for name in LOSS_NAMES)])
+    return values / len(batches)
 
 
 def check_finite(values: Sequence[float], step: int) -> None:

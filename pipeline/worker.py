@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from pipeline.checkpoint import (
+    AVERAGE_FILE,
     Description,
     check_same_classes,
     load_model_state,
@@ -23,8 +24,10 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.config import ExperimentConfig
+from pipeline.ema import averaged_copy, update_average
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline.freezing import freeze
+from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
 from pipeline.shards import ShardSet
@@ -117,7 +120,9 @@ class Worker:
         torch.manual_seed(self.config.train.seed)  # initial weights; all later draws are functions of the plan
         self.model = MaskRCNN(self.config.model, self.shards.manifest.num_classes)
         self.model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        freeze(self.model, self.config.train.trainable_layers)
         self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.averaged = averaged_copy(self.model) if self.config.optim.ema_decay is not None else None
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
@@ -135,6 +140,8 @@ class Worker:
             check_same_classes(description, list(self.shards.manifest.class_names), folder)
             load_model_state(folder, self.model)
             load_optimizer_state(folder, self.optimizer)
+            if self.averaged is not None:
+                load_model_state(folder, self.averaged, AVERAGE_FILE)
         self.step, self.metrics = description.step, description.metrics
         self.speed_before = description.images_per_second
 
@@ -156,13 +163,13 @@ class Worker:
         batches = self._batches()
         while self.step < self.last_step:
             waiting_since = time.monotonic()
-            batch = next(batches)
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device)
+            of_step = [self._on_device(next(batches)) for _ in range(self.config.train.accumulation_steps)]
             pace.waited += time.monotonic() - waiting_since
             fetched.append(
-                train_step(parallel, batch, self.optimizer, self.config, self.step, self.last_step, self.dtype)
+                train_step(parallel, of_step, self.optimizer, self.config, self.step, self.last_step, self.dtype)
             )
+            if self.averaged is not None and self.config.optim.ema_decay is not None:
+                update_average(self.averaged, self.model, self.step, self.config.optim.ema_decay)
             self.step += 1
             pace.steps += 1
             if self.step not in checkpoints and self.step % self.config.train.log_every_steps:
@@ -182,9 +189,13 @@ class Worker:
         """How far and how fast it went."""
         return {"steps": self.step, "images_per_second": round(self._speed(), 2), "metrics": self.metrics}
 
+    def _on_device(self, batch: Batch) -> Batch:
+        return batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
+
     def _batches(self) -> Iterator[Batch]:
         """Batches of this worker from the present step to the last."""
-        per_block = steps_per_block(self.shards.manifest.canvases, self.config.train.batch_size_per_worker)
+        images = self.config.train.batch_size_per_worker * self.config.train.accumulation_steps
+        per_block = steps_per_block(self.shards.manifest.canvases, images)
         steps = max(1, MAX_BLOCKS_PER_STREAM // self.num_workers) * per_block
         for first_step in range(self.step, self.last_step, steps):
             yield from self._stream(first_step, min(first_step + steps, self.last_step), per_block)
@@ -213,6 +224,7 @@ class Worker:
             self.rank,
             self.config.train.batch_size_per_worker,
             self.num_workers,
+            self.config.train.accumulation_steps,
         )
 
     def _log_steps(self, fetched: list[Tensor], pace: _Pace, overdue: bool) -> bool:
@@ -235,13 +247,14 @@ class Worker:
             values /= self.num_workers
         images_per_second = pace.steps * self.config.global_batch_size / seconds
         rows = values.tolist()
+        schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
         for offset, row in enumerate(rows):
             check_finite(row, first_step + offset)
             self._log(
                 first_step + offset + 1,
                 {
                     **dict(zip(STEP_METRICS, row, strict=True)),
-                    "learning_rate": learning_rate(first_step + offset, self.last_step, self.config.optim),
+                    "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
                     "images_per_second": images_per_second,
                     "data_wait_fraction": pace.waited / seconds,
                 },
@@ -258,10 +271,10 @@ class Worker:
         """COCO AP on the validation rows, shared out among the workers."""
         if self.num_workers > 1:
             # Norm statistics are each worker's own since the last forward pass; rank 0's go into the checkpoint.
-            for buffer in self.model.buffers():
+            for buffer in [*self.model.buffers(), *(self.averaged.buffers() if self.averaged else ())]:
                 torch.distributed.broadcast(buffer, src=0)
         rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
-        seen = evaluate_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
+        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
         everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
         if self.num_workers > 1:
             torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
@@ -281,15 +294,19 @@ class Worker:
             self._show(evaluated=self.metrics)
             self._draw_pictures()
 
+    def _judged(self) -> MaskRCNN:
+        """The weights that are evaluated and predicted with."""
+        return self.averaged or self.model
+
     def _draw_pictures(self) -> None:
         """The first validation images with objects, predictions beside ground truth, to MLflow."""
         with_objects = (row for row in range(len(self.validation)) if len(self.validation.read_row(row)["classes"]))
         rows = [row for row, _ in zip(with_objects, range(NUM_PICTURES), strict=False)]
         if not rows or self.tracker is None:
             return
-        self.model.eval()
-        found = list(predict_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype))
-        self.model.train()
+        model = self._judged().eval()
+        found = list(predict_rows(model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype))
+        model.train()
         picture = draw_comparison(found, self.validation.manifest.class_names)
         self.tracker.log_picture.remote(picture, f"step-{self.step:07d}.png")
 
@@ -309,7 +326,7 @@ class Worker:
                 manifest_digest=self.shards.manifest.digest,
                 config=self.config.model_dump(mode="json"),
             )
-            write_checkpoint(folder, self.model, self.optimizer, description)
+            write_checkpoint(folder, self.model, self.optimizer, description, self.averaged)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         score = self.metrics["segm_AP"] if evaluated else -1.0  # what was not evaluated is never the best
         ray.train.report(

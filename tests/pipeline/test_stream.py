@@ -414,6 +414,17 @@ def test_rows_as_planned_are_taken() -> None:
     assert [batch.num_images for batch in batches] == [2, 2, 2]
 
 
+def test_a_step_comes_in_as_many_batches_as_it_accumulates() -> None:
+    # Two workers, two passes of two rows: worker 1 has the last four of every eight.
+    active = np.ones((1, 2), dtype=bool)
+    rows = FromTables([tiny_rows([20, 21, 22, 23, 28, 29, 30, 31])])
+    batches = list(PlannedBatches(rows, active, 2, 4, 1, 2, 2, accumulation_steps=2))
+    assert [batch.num_images for batch in batches] == [2, 2, 2, 2]
+    cut_off = FromTables([tiny_rows([20, 21, 22, 23, 28, 29])])
+    with pytest.raises(RuntimeError, match="the stream ended before step 3, not 4"):
+        list(PlannedBatches(cut_off, active, 2, 4, 1, 2, 2, accumulation_steps=2))
+
+
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
