@@ -74,6 +74,32 @@ class AugmentSettings(Config):
     """Share of images mirrored left to right."""
     vertical_flip: Fraction = 0.0
     """Share of images mirrored top to bottom."""
+    short_side: tuple[PositiveInt, PositiveInt] | None = None
+    """Smallest and largest short side that images are resized to, input pixels, as far as their canvas allows."""
+    short_side_step: PositiveInt = 1
+    """Difference between the short sides that occur."""
+    large_scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Smallest and largest factor of an image's size on its canvas, which is cut out at a random place."""
+    brightness: Fraction = 0.0
+    """Largest change of the brightness, as a share of it."""
+    contrast: Fraction = 0.0
+    """Largest change of the contrast, as a share of it."""
+    saturation: Fraction = 0.0
+    """Largest change of the saturation, as a share of it."""
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Largest shift of the hue, in turns of the colour circle."""
+    copy_paste: Fraction = 0.0
+    """Share of images that get about half of the objects of another image of their source."""
+
+    @model_validator(mode="after")
+    def _ranges_in_order(self) -> Self:
+        for name in ("short_side", "large_scale_jitter"):
+            values = getattr(self, name)
+            if values is not None and values[0] > values[1]:
+                raise ValueError(f"{name} {list(values)} has to rise")
+        if self.short_side is not None and self.large_scale_jitter is not None:
+            raise ValueError("short_side and large_scale_jitter both set the scale: choose one, make the other null")
+        return self
 
 
 class OptimSettings(Config):

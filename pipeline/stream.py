@@ -25,7 +25,8 @@ import pyarrow as pa
 from model.structures import Batch
 from pipeline.augment import augment
 from pipeline.config import AugmentSettings
-from pipeline.sample import SAMPLE_SCHEMA, collate, sample_from_row, sample_to_values
+from pipeline.copy_paste import copy_paste
+from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, sample_from_row, sample_to_values
 from pipeline.shards import ShardSet
 
 Int64Array = npt.NDArray[np.int64]
@@ -33,6 +34,8 @@ Int64Array = npt.NDArray[np.int64]
 MAX_STEPS_PER_BLOCK = 50
 SCHEDULING_PAUSE_SECONDS = 0.02
 MAX_BLOCK_BYTES = 32 * 1024 * 1024
+PASTED_SHARE = 0.5  # of the objects of a copy-paste partner
+_PARTNER = 1  # tells the draws for the partner from those for the row itself
 _PLAN_SCHEMA = pa.schema([("position", pa.int64()), ("epoch", pa.int64()), ("row", pa.int64())])
 
 
@@ -181,9 +184,10 @@ class LoadBlock:
     def load(self, shards: ShardSet, position: int, epoch: int, row: int) -> dict[str, Any]:
         """One planned row, a function of (seed, epoch, row)."""
         values = shards.read_row(row)
+        canvas_height, canvas_width = canvas = shards.manifest.canvases[values["canvas"]]
         rng = np.random.default_rng([self.seed, epoch, row])
-        sample = augment(sample_from_row(values), self.augment_settings, rng)
-        canvas_height, canvas_width = shards.manifest.canvases[values["canvas"]]
+        sample = augment(sample_from_row(values), self.augment_settings, rng, canvas)
+        sample = self._paste(shards, sample, values["source"], canvas, epoch, row)
         return {
             "position": position,
             "row": row,
@@ -193,6 +197,19 @@ class LoadBlock:
             "canvas_width": canvas_width,
             **sample_to_values(sample),
         }
+
+    def _paste(
+        self, shards: ShardSet, sample: Sample, source: int, canvas: tuple[int, int], epoch: int, row: int
+    ) -> Sample:
+        """With objects of the row that is the partner of this one in this epoch, if it has one."""
+        rng = np.random.default_rng([self.seed, epoch, row, _PARTNER])
+        if rng.random() >= self.augment_settings.copy_paste:
+            return sample
+        values = shards.read_row(int(rng.integers(len(shards))))
+        if values["source"] != source:  # it may have labelled other classes
+            return sample
+        partner = augment(sample_from_row(values), self.augment_settings, rng, canvas)
+        return copy_paste(sample, partner, rng.random(len(partner.classes)) < PASTED_SHARE)
 
 
 class PauseBetweenSteps:

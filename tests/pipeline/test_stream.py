@@ -264,6 +264,27 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(prepared: Prepared) ->
 
 
 @pytest.mark.cluster
+def test_copy_paste_is_a_function_of_seed_epoch_and_row(prepared: Prepared) -> None:
+    """A share of the rows gets objects, always the same in an epoch, only of its own source."""
+    shards = ShardSet(prepared.data.training)
+    settings = AugmentSettings(horizontal_flip=0, large_scale_jitter=(0.5, 1.5), copy_paste=0.5)
+    alone = dataclasses.replace(loader(prepared), augment_settings=settings.model_copy(update={"copy_paste": 0.0}))
+    pasting = dataclasses.replace(loader(prepared), augment_settings=settings)
+    active = shards.manifest.active_classes()
+    changed = set()
+    for epoch in range(6):
+        for row in range(len(shards)):
+            found, again = (pasting.load(shards, 0, epoch, row) for _ in range(2))
+            before = alone.load(shards, 0, epoch, row)
+            assert found["image"] == again["image"]
+            assert active[found["source"]][found["classes"]].all()
+            if found["image"] != before["image"]:
+                changed.add((epoch, row))
+    assert len({row for _, row in changed}) > 8
+    assert 0.1 < len(changed) / (6 * len(shards)) < 0.5  # some partners have no objects, or are of the other source
+
+
+@pytest.mark.cluster
 def test_shards_that_were_prepared_anew_are_noticed(prepared: Prepared, tmp_path: Path) -> None:
     shutil.copytree(prepared.data.training, tmp_path / "shards")
     load = dataclasses.replace(loader(prepared), folder=str(tmp_path / "shards"))
