@@ -61,6 +61,10 @@ class DataSettings(Config):
         (1088, 1088),
     )
     """Height and width that images are resized and padded to; each image goes where it comes out largest."""
+    repeat_threshold: Fraction = 0.0
+    """Rows with a class that fewer than this share of images show are repeated (LVIS repeat factors); 0 for never."""
+    empty_images_fraction: Fraction = 1.0
+    """Share of the images without objects that an epoch trains on."""
     shuffle_window: PositiveInt = 16
     """Shards whose rows are shuffled together."""
     object_store_megabytes: PositiveInt = 512

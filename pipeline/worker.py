@@ -25,11 +25,13 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
+from pipeline.errors import UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.freezing import freeze
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
+from pipeline.sampling import row_repeats, rows_an_epoch
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
@@ -41,13 +43,26 @@ MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a mill
 
 
 def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
-    """Order of the training rows."""
+    """Order of the training rows.
+
+    Raises:
+        UserError: no row is left to train on.
+    """
+    repeats = None
+    if config.data.repeat_threshold > 0 or config.data.empty_images_fraction < 1:
+        classes = [
+            values["classes"][~values["is_crowd"].astype(bool)] for values in shards.read_rows(range(len(shards)))
+        ]
+        repeats = row_repeats(classes, config.data.repeat_threshold, config.data.empty_images_fraction)
+        if rows_an_epoch(repeats) < 1:
+            raise UserError("no training image has an object; keep some with data.empty_images_fraction")
     return StreamPlan(
         shards.manifest.row_canvases(),
         config.data.rows_per_shard,
         config.data.shuffle_window,
         config.global_batch_size,
         config.train.seed,
+        repeats,
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.config import AugmentSettings
 from pipeline.sample import SAMPLE_SCHEMA, sample_from_row, sample_to_values
 from pipeline.shards import MANIFEST, ShardSet
 from pipeline.stream import (
+    FURTHER_PLACE,
     MAX_BLOCK_BYTES,
     MAX_STEPS_PER_BLOCK,
     LoadBlock,
@@ -78,6 +79,24 @@ def test_rows_of_a_window_are_shuffled_together_and_windows_kept_apart() -> None
 def test_every_row_comes_about_equally_often_at_every_place() -> None:
     first = Counter(int(make_plan(8, seed=seed).epoch_order(0)[0]) for seed in range(2000))
     np.testing.assert_allclose([first[row] for row in range(8)], 250, atol=75)  # five standard deviations
+
+
+def test_rows_stand_in_an_epoch_as_often_as_their_repeats_say() -> None:
+    repeats = np.array([1.0, 3.0, 0.5, 1.5] * 5 + [0.0])
+    plan = dataclasses.replace(make_plan(21), row_repeats=repeats)
+    assert plan.num_rows == 30
+    assert plan.steps_of_epochs(2) == 15
+    for epoch in range(10):
+        counts = np.bincount(plan.epoch_order(epoch), minlength=21)
+        assert counts.sum() == 30
+        assert (np.floor(repeats) <= counts).all()
+        assert (counts <= np.ceil(repeats)).all()
+    # Every place has draws of its own: no (epoch, row) twice, further places far from any real epoch.
+    places = [(e, r) for _, epochs, rows in steps_of(plan, 0, 15) for e, r in zip(epochs, rows, strict=True)]
+    assert len(set(places)) == len(places) == 60
+    assert {epoch % FURTHER_PLACE for epoch, _ in places} == {0, 1}
+    assert {epoch // FURTHER_PLACE for epoch, row in places if row % 4 == 1 and row < 20} == {0, 1, 2}
+    assert len({random_key(0, epoch, row) for epoch, row in places}) == 60
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 21, 50])
