@@ -162,6 +162,8 @@ class TrainSettings(Config):
     """Passes whose gradients are averaged into one step: a large global batch in little memory."""
     trainable_layers: Literal["heads", "5+", "4+", "3+", "all"] = "all"
     """Layers that learn: FPN, RPN and heads alone, or with the ResNet from that stage on."""
+    synchronise_norms: bool = False
+    """Batch norm takes its statistics from the images of all workers."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it."""
     seed: NonNegativeInt = 0

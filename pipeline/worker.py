@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
+from model.synchronised_norm import synchronise_norms
 from pipeline.checkpoint import (
     AVERAGE_FILE,
     Description,
@@ -134,6 +135,8 @@ class Worker:
         self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
         torch.manual_seed(self.config.train.seed)  # initial weights; all later draws are functions of the plan
         self.model = MaskRCNN(self.config.model, self.shards.manifest.num_classes)
+        if self.config.train.synchronise_norms:
+            synchronise_norms(self.model)
         self.model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.model, self.config.train.trainable_layers)
         self.optimizer = build_optimizer(self.model, self.config.optim)
