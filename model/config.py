@@ -130,8 +130,10 @@ class LossConfig(Config):
     """Weight of the box deltas of positive regions."""
     mrcnn_mask_loss: NonNegativeFloat = 1.0
     """Weight of the masks of positive regions."""
-    smooth_l1_beta: PositiveFloat = 1.0
-    """Where the box losses turn from quadratic to linear, in delta units."""
+    box_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
+    """What the two box losses measure: distance of the deltas, or generalized IoU of the boxes."""
+    smooth_l1_beta: NonNegativeFloat = 1.0
+    """Where smooth L1 turns from quadratic to linear, in delta units; 0 is plain L1."""
 
 
 class DetectionConfig(Config):

@@ -7,9 +7,13 @@ An image without positives contributes 0 to the box and mask losses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.boxes import decode_boxes, generalized_iou
 
 LOSS_NAMES = ("rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss")
 
@@ -19,8 +23,17 @@ def _sum_by_image(values: Tensor, image_index: Tensor, num_images: int) -> Tenso
     return values.new_zeros(num_images).index_add(0, image_index, values)
 
 
-def _smooth_l1(deltas: Tensor, target_deltas: Tensor, beta: float) -> Tensor:
-    """Smooth L1 (Fast R-CNN, equation 3), summed over the last dimension."""
+def _smooth_l1(
+    deltas: Tensor, target_deltas: Tensor, beta: float, giou_delta_scale: Sequence[float] | None = None
+) -> Tensor:
+    """Smooth L1 (Fast R-CNN, equation 3), summed over the last dimension; or 1 - GIoU where a delta scale is given.
+
+    GIoU does not change when both boxes are moved and stretched alike, so any reference box does.
+    """
+    if giou_delta_scale is not None:
+        reference = deltas.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(deltas)
+        boxes = decode_boxes(deltas, reference, giou_delta_scale)
+        return 1 - generalized_iou(boxes, decode_boxes(target_deltas, reference, giou_delta_scale))
     return F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=beta).sum(dim=-1)
 
 
@@ -37,8 +50,15 @@ def rpn_class_loss(logits: Tensor, positive: Tensor, valid: Tensor) -> Tensor:
     return per_image.mean()
 
 
-def rpn_bbox_loss(deltas: Tensor, target_deltas: Tensor, positive: Tensor, valid: Tensor, beta: float) -> Tensor:
-    """Smooth L1 of positive anchors, over the number of sampled anchors of the image.
+def rpn_bbox_loss(
+    deltas: Tensor,
+    target_deltas: Tensor,
+    positive: Tensor,
+    valid: Tensor,
+    beta: float,
+    giou_delta_scale: Sequence[float] | None = None,
+) -> Tensor:
+    """Smooth L1 or GIoU of positive anchors, over the number of sampled anchors of the image.
 
     Args:
         deltas: (B, S, 4) predicted.
@@ -46,8 +66,9 @@ def rpn_bbox_loss(deltas: Tensor, target_deltas: Tensor, positive: Tensor, valid
         positive: (B, S) bool.
         valid: (B, S) bool, slots that hold an anchor.
         beta: where the loss turns linear.
+        giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
-    loss = torch.where(positive & valid, _smooth_l1(deltas, target_deltas, beta), 0.0)
+    loss = torch.where(positive & valid, _smooth_l1(deltas, target_deltas, beta, giou_delta_scale), 0.0)
     return (loss.sum(dim=1) / valid.sum(dim=1).clamp(min=1)).mean()
 
 
@@ -80,8 +101,9 @@ def mrcnn_bbox_loss(
     image_index: Tensor,
     num_images: int,
     beta: float,
+    giou_delta_scale: Sequence[float] | None = None,
 ) -> Tensor:
-    """Smooth L1 of the deltas for the true class, positives only, over the number of sampled regions of the image.
+    """Smooth L1 or GIoU of the deltas for the true class, positives only, over the sampled regions of the image.
 
     Args:
         deltas: (N, C, 4) predicted; N may be 0.
@@ -91,9 +113,10 @@ def mrcnn_bbox_loss(
         image_index: (N,) int64 image of each region.
         num_images: B.
         beta: where the loss turns linear.
+        giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
     index = classes[:, None, None].expand(-1, 1, 4)
-    loss = _smooth_l1(deltas.gather(1, index)[:, 0], target_deltas, beta)
+    loss = _smooth_l1(deltas.gather(1, index)[:, 0], target_deltas, beta, giou_delta_scale)
     loss = torch.where(valid & (classes > 0), loss, 0.0)
     return _mean_over_regions(loss, valid, image_index, num_images)
 

@@ -140,6 +140,7 @@ class MaskRCNN(nn.Module):
             sampled_positive,
             samples.valid,
             self.config.losses.smooth_l1_beta,
+            giou_delta_scale=self.config.rpn.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
         return class_loss, bbox_loss
 
@@ -160,6 +161,7 @@ class MaskRCNN(nn.Module):
             image_index,
             batch.num_images,
             self.config.losses.smooth_l1_beta,
+            giou_delta_scale=config.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
         return class_loss, bbox_loss
 

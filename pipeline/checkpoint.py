@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class Description:
     """Of the training shards."""
     config: dict[str, Any]
     """The resolved `ExperimentConfig`."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """`JUDGED_METRICS` of every evaluation so far."""
+    gradient_scaler: dict[str, float] = field(default_factory=dict)
+    """State of the loss scale of fp16; empty for other precisions."""
 
     def experiment(self) -> ExperimentConfig:
         """The configuration, checked.

@@ -164,10 +164,18 @@ class TrainSettings(Config):
     """Layers that learn: FPN, RPN and heads alone, or with the ResNet from that stage on."""
     synchronise_norms: bool = False
     """Batch norm takes its statistics from the images of all workers."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it, fp16 on older GPUs."""
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    """What workers send their gradients as."""
     seed: NonNegativeInt = 0
     """What initial weights, order, augmentation and sampling are functions of."""
+    target_bbox_AP: Fraction | None = None  # noqa: N815 - as the metric is called
+    """Stop once an evaluation has this box AP (and the other targets)."""
+    target_segm_AP: Fraction | None = None  # noqa: N815
+    """Stop once an evaluation has this mask AP (and the other targets)."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in turn without a better mask AP than before."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_every_steps: PositiveInt = 10

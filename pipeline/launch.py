@@ -78,6 +78,8 @@ def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, A
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
         status = "FINISHED"
+        if result.return_value["stopped"]:
+            say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
         summary = _summarise(config, result, run_id, time.monotonic() - started)
         _record_artifacts(tracker, config, shards, result)
         run_state.write_result(folder, run_state.RunResult(_length(config), summary))
@@ -91,7 +93,10 @@ def train(config: ExperimentConfig, data: PreparedData, say: Say) -> dict[str, A
 
 def _length(config: ExperimentConfig) -> str:
     """How long the configuration wants to train, in its own terms."""
-    return f"epochs {config.train.epochs:g}, max_steps {config.train.max_steps}"
+    train = config.train
+    ends = {"target_bbox_AP": train.target_bbox_AP, "target_segm_AP": train.target_segm_AP, "patience": train.patience}
+    early = "".join(f", {name} {value:g}" for name, value in ends.items() if value is not None)
+    return f"epochs {train.epochs:g}, max_steps {train.max_steps}{early}"
 
 
 def _check_data(config: ExperimentConfig, shards: ShardSet, validation: ShardSet) -> None:
@@ -234,6 +239,7 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
         "steps": result.return_value["steps"],
+        "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),
         "mlflow_run_id": run_id,
         "checkpoint": best.path,

@@ -16,6 +16,8 @@ RUN_FILE, RESULT_FILE = "run.json", "result.json"
 MAY_CHANGE = (
     "train.epochs",
     "train.max_steps",
+    "train.target_",
+    "train.patience",
     "train.evaluate_every_epochs",
     "train.log_every_steps",
     "train.batch_size_per_worker",  # together with the passes and the workers, see `check_unchanged`

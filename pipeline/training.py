@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import LossConfig
@@ -28,18 +29,34 @@ def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
     """Type that the forward pass computes in, None for fp32.
 
     Args:
-        precision: "fp32", "bf16", or "auto": bf16 where the processor has instructions for it; elsewhere it is slow.
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the processor has instructions for it, on other GPUs
+            fp16, on other CPUs fp32; there the others are slow.
         device_type: "cpu" or "cuda".
     """
-    if precision == "fp32":
-        return None
-    if precision == "bf16":
-        return torch.bfloat16
+    if precision != "auto":
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # Younger than the oldest torch that this file runs on; without it the safe answer is fp32.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
+
+
+def gradient_scaler(dtype: torch.dtype | None, device_type: str) -> torch.amp.GradScaler:
+    """Scale of the loss that keeps small gradients from vanishing in fp16; without effect for other types."""
+    return torch.amp.GradScaler(device_type, enabled=dtype is torch.float16)
+
+
+def compress_gradients(model: nn.Module, compression: str) -> None:
+    """Make the workers of a DistributedDataParallel send gradients in half the bytes; call it before the first step.
+
+    Args:
+        model: alone it stays as it is.
+        compression: "none", "bf16" or "fp16".
+    """
+    if isinstance(model, DistributedDataParallel) and compression != "none":
+        hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+        model.register_comm_hook(None, hooks[compression])
 
 
 def autocast(dtype: torch.dtype | None, device_type: str) -> torch.autocast:
@@ -60,6 +77,7 @@ def train_step(
     step: int,
     total_steps: int,
     dtype: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Forward and backward for each batch, then clip and update once.
 
@@ -72,27 +90,40 @@ def train_step(
         step: number of this step.
         total_steps: of the whole training.
         dtype: see `autocast_dtype`.
+        scaler: see `gradient_scaler`; fp16 needs one. A step whose gradient overflows is left out, and the scale falls.
 
     Returns:
         (7,) float32 on the device, in the order of `STEP_METRICS`: the sum, the five losses without weights, and the
-        norm of the gradient before clipping. Not fetched, so that a GPU need not be waited for.
+        norm of the gradient before clipping, 0 for a step that was left out. Not fetched, so that a GPU need not be
+        waited for.
     """
+    scaler = scaler or gradient_scaler(None, batches[0].images.device.type)
     settings = scale_to_batch(config.optim, config.global_batch_size)
     set_learning_rate(optimizer, learning_rate(step, total_steps, settings))
     optimizer.zero_grad(set_to_none=True)
-    values = accumulate_gradients(model, batches, config.model.losses, dtype)
+    values = accumulate_gradients(model, batches, config.model.losses, dtype, scaler)
+    scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradient_norm = torch.nn.utils.get_total_norm(gradients)
     if config.optim.gradient_clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.gradient_clip_norm, gradient_norm)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.is_enabled():
+        gradient_norm = gradient_norm.nan_to_num(nan=0.0, posinf=0.0)
     return torch.cat([values, gradient_norm.detach()[None]])
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], weights: LossConfig, dtype: torch.dtype | None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: LossConfig,
+    dtype: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Add the gradient of the mean over all images of the batches; workers exchange theirs once, with the last batch.
+
+    With a scaler it is the scaled gradient.
 
     Returns:
         (6,) float32, the sum and the five losses without weights, averaged over the batches.
@@ -104,7 +135,8 @@ def accumulate_gradients(
             with autocast(dtype, batch.images.device.type):
                 losses = model(batch)
             loss = total_loss(losses, weights)
-            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            part = loss / len(batches)
+            (scaler.scale(part) if scaler is not None else part).backward()  # type: ignore[no-untyped-call]
         values += torch.stack([loss.detach(), *(losses[name].detach() for name in LOSS_NAMES)])
     return values / len(batches)
 

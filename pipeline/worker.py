@@ -34,9 +34,18 @@ from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
 from pipeline.sampling import row_repeats, rows_an_epoch
 from pipeline.shards import ShardSet
+from pipeline.stopping import JUDGED_METRICS, stop_reason
 from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
-from pipeline.training import STEP_METRICS, NonFiniteLossError, autocast_dtype, check_finite, train_step
+from pipeline.training import (
+    STEP_METRICS,
+    NonFiniteLossError,
+    autocast_dtype,
+    check_finite,
+    compress_gradients,
+    gradient_scaler,
+    train_step,
+)
 
 NUM_PICTURES = 4
 EVALUATION_BATCH_SIZE = 8
@@ -133,6 +142,7 @@ class Worker:
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
         self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
+        self.scaler = gradient_scaler(self.dtype, self.device.type)
         torch.manual_seed(self.config.train.seed)  # initial weights; all later draws are functions of the plan
         self.model = MaskRCNN(self.config.model, self.shards.manifest.num_classes)
         if self.config.train.synchronise_norms:
@@ -143,6 +153,8 @@ class Worker:
         self.averaged = averaged_copy(self.model) if self.config.optim.ema_decay is not None else None
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.evaluations: list[dict[str, float]] = []
+        self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
         self.gloo = self._object_group()
 
@@ -160,18 +172,23 @@ class Worker:
             load_optimizer_state(folder, self.optimizer)
             if self.averaged is not None:
                 load_model_state(folder, self.averaged, AVERAGE_FILE)
+            if description.gradient_scaler:
+                self.scaler.load_state_dict(description.gradient_scaler)
         self.step, self.metrics = description.step, description.metrics
+        self.evaluations = description.evaluations
+        self.stopped = stop_reason(self.evaluations, self.config.train)
         self.speed_before = description.images_per_second
 
     def train(self) -> None:
         """Step through the rest of the plan."""
-        if self.step >= self.last_step:
+        if self.step >= self.last_step or self.stopped:
             if not self.metrics:
                 self._evaluate()
             return
         import ray.train.torch
 
         parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
+        compress_gradients(parallel, self.config.train.gradient_compression)
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
@@ -179,13 +196,11 @@ class Worker:
         fetched: list[Tensor] = []
         pace = _Pace()
         batches = self._batches()
-        while self.step < self.last_step:
+        while self.step < self.last_step and not self.stopped:
             waiting_since = time.monotonic()
             of_step = [self._on_device(next(batches)) for _ in range(self.config.train.accumulation_steps)]
             pace.waited += time.monotonic() - waiting_since
-            fetched.append(
-                train_step(parallel, of_step, self.optimizer, self.config, self.step, self.last_step, self.dtype)
-            )
+            fetched.append(self._train_step(parallel, of_step))
             if self.averaged is not None and self.config.optim.ema_decay is not None:
                 update_average(self.averaged, self.model, self.step, self.config.optim.ema_decay)
             self.step += 1
@@ -200,12 +215,21 @@ class Worker:
                 self._checkpoint(evaluated=self.step in evaluations)
                 checkpointed_at = time.monotonic()
             fetched, pace = [], _Pace()
-        if next(batches, None) is not None:
+        if not self.stopped and next(batches, None) is not None:
             raise RuntimeError("the stream goes on after the last step")
+
+    def _train_step(self, parallel: nn.Module, batches: list[Batch]) -> Tensor:
+        arguments = (self.optimizer, self.config, self.step, self.last_step, self.dtype, self.scaler)
+        return train_step(parallel, batches, *arguments)
 
     def summary(self) -> dict[str, Any]:
         """How far and how fast it went."""
-        return {"steps": self.step, "images_per_second": round(self._speed(), 2), "metrics": self.metrics}
+        return {
+            "steps": self.step,
+            "images_per_second": round(self._speed(), 2),
+            "metrics": self.metrics,
+            "stopped": self.stopped,
+        }
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
@@ -307,6 +331,8 @@ class Worker:
         if self.num_workers > 1:
             torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
         self.metrics = message[0]
+        self.evaluations.append({name: self.metrics[name] for name in JUDGED_METRICS})
+        self.stopped = stop_reason(self.evaluations, self.config.train)
         self._log(self.step, {**self.metrics, "epoch": self._epoch()})
         if self.tracker is not None:
             self._show(evaluated=self.metrics)
@@ -343,6 +369,8 @@ class Worker:
                 class_names=list(self.shards.manifest.class_names),
                 manifest_digest=self.shards.manifest.digest,
                 config=self.config.model_dump(mode="json"),
+                evaluations=self.evaluations,
+                gradient_scaler=self.scaler.state_dict(),
             )
             write_checkpoint(folder, self.model, self.optimizer, description, self.averaged)
             checkpoint = ray.train.Checkpoint.from_directory(folder)

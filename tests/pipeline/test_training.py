@@ -1,5 +1,6 @@
 """One step of training: clipping, schedule, and the same gradient however the images are shared out."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.training import (
     accumulate_gradients,
     autocast_dtype,
     check_finite,
+    compress_gradients,
+    gradient_scaler,
     total_loss,
     train_step,
 )
@@ -165,7 +168,62 @@ def test_a_number_that_is_not_finite_names_itself() -> None:
         check_finite(values, step=7)
 
 
+def _compressing_worker(rank: int, compression: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    config = small_config()
+    model = make_model(config)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    compress_gradients(parallel, compression)
+    half = small_batch(NUM_IMAGES, part=slice(rank * 3, rank * 3 + 3))
+    accumulate_gradients(parallel, [half], config.model.losses, None)
+    torch.save(_gradients(model), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("compression", "precision"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_compressed_gradients_are_those_of_one_to_their_precision(
+    compression: str, precision: float, tmp_path: Path, gradient_of_one: dict[str, torch.Tensor]
+) -> None:
+    spawn(_compressing_worker, args=(compression, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    whole = torch.cat([gradient.flatten() for gradient in gradient_of_one.values()]).norm()
+    errors = []
+    for name, gradient in gradient_of_one.items():
+        assert torch.equal(first[name], second[name])  # or the workers would drift apart
+        errors.append((first[name] - gradient).norm() / whole)
+    error = torch.stack(errors).norm()
+    assert precision / 100 < error < 2 * precision  # rounded, and no more than that
+
+
+def test_fp16_scales_the_loss_and_leaves_out_a_step_that_overflows() -> None:
+    config = small_config(optim={"name": "sgd", "learning_rate": 0.1, "gradient_clip_norm": None, "warmup_steps": 0})
+    model = _Quadratic()
+    optimizer = build_optimizer(model, config.optim)
+    scaler = gradient_scaler(torch.float16, "cpu")
+    scale = scaler.get_scale()
+    assert scale > 1
+    values = train_step(model, [small_batch(1)], optimizer, config, 0, TOTAL_STEPS, None, scaler)
+    assert dict(zip(STEP_METRICS, values.tolist(), strict=True))["gradient_norm"] == pytest.approx(5.0)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[-0.3, -0.4]]))  # the gradient of the loss itself
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1e38})
+    values = train_step(model, [small_batch(1)], optimizer, config, 0, TOTAL_STEPS, None, scaler)
+    check_finite(values.tolist(), step=1)
+    assert dict(zip(STEP_METRICS, values.tolist(), strict=True))["gradient_norm"] == 0
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[-0.3, -0.4]]))
+    assert scaler.get_scale() == pytest.approx(5e37)
+
+
+def test_state_of_the_loss_scale_goes_through_json() -> None:
+    scaler, again = (gradient_scaler(torch.float16, "cpu") for _ in range(2))
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**11, "_growth_tracker": 7})
+    again.load_state_dict(json.loads(json.dumps(scaler.state_dict())))
+    assert again.state_dict() == scaler.state_dict()
+    assert gradient_scaler(torch.bfloat16, "cpu").state_dict() == {}
+
+
 def test_precision_by_name() -> None:
+    assert autocast_dtype("fp16", "cpu") is torch.float16
     assert autocast_dtype("fp32", "cpu") is None
     assert autocast_dtype("bf16", "cpu") is torch.bfloat16
     assert autocast_dtype("auto", "cpu") in (None, torch.bfloat16)
