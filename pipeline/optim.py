@@ -26,11 +26,16 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
-        )
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+    optimizer = torch.optim.SGD(
+        groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
+    )
+    if settings.momentum:
+        # Where fp16 leaves out the very first step, the fused kernel would go on from memory that nobody has written.
+        for parameter in (*decayed, *not_decayed):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def scale_to_batch(settings: OptimSettings, global_batch_size: int) -> OptimSettings:

@@ -214,6 +214,23 @@ def test_fp16_scales_the_loss_and_leaves_out_a_step_that_overflows() -> None:
     assert scaler.get_scale() == pytest.approx(5e37)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_first_step_that_overflows_leaves_nothing_behind(name: str) -> None:
+    """The fused SGD of torch 2.15 then keeps a momentum that was never written."""
+    config = small_config(optim={"name": name, "learning_rate": 0.1, "gradient_clip_norm": 1.0, "warmup_steps": 0})
+    weights = []
+    for scales in ((1e38, 1.0), (1.0,)):
+        model = _Quadratic()
+        optimizer = build_optimizer(model, config.optim)
+        for scale in scales:
+            scaler = gradient_scaler(torch.float16, "cpu")
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+            train_step(model, [small_batch(1)], optimizer, config, 0, TOTAL_STEPS, None, scaler)
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])
+    assert weights[0].ne(0).all()
+
+
 def test_state_of_the_loss_scale_goes_through_json() -> None:
     scaler, again = (gradient_scaler(torch.float16, "cpu") for _ in range(2))
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**11, "_growth_tracker": 7})
