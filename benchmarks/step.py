@@ -50,7 +50,7 @@ def main() -> None:
             torch.cuda.synchronize()
 
     def step_with_operator(number: int) -> None:
-        with mock.patch("model.roi_align.is_available", return_value=False):
+        with mock.patch("model.roi_align.has_sparse_product", return_value=False):
             step(number)
 
     variants: dict[str, Callable[[int], None]] = {

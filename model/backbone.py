@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
-from torchvision.ops import FrozenBatchNorm2d
 
-from model.config import BackboneConfig
+from model.config import BackboneConfig, NormConfig
+from model.norm import make_norm
 
 _CONSTRUCTORS: dict[int, Callable[..., resnet.ResNet]] = {
     18: resnet.resnet18,
@@ -19,12 +21,16 @@ _CONSTRUCTORS: dict[int, Callable[..., resnet.ResNet]] = {
 
 
 class Backbone(nn.Module):
-    """Stem and four stages; the stride sits in the 3x3 convolution of a bottleneck."""
+    """Stem and four stages."""
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, norms: NormConfig) -> None:
         super().__init__()
-        norm_layer = nn.BatchNorm2d if config.norm == "batch" else FrozenBatchNorm2d
+        norm_layer = partial(make_norm, config.norm, epsilon=norms.epsilon)
         body = _CONSTRUCTORS[config.depth](weights=None, norm_layer=norm_layer)
+        if config.variant == "keras":
+            _like_keras(body)
+        if norms.convolution_bias:
+            _add_biases(body)
         self.stem = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)
         self.stages = nn.ModuleList([body.layer1, body.layer2, body.layer3, body.layer4])
         width = body.fc.in_features  # channels of C5
@@ -38,3 +44,17 @@ class Backbone(nn.Module):
             x = stage(x)
             features.append(x)
         return features
+
+
+def _like_keras(body: resnet.ResNet) -> None:
+    """The stride of a bottleneck in its first convolution, and the stem's pooling without padding at the start."""
+    body.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)  # TensorFlow's "same" for even sides
+    for block in body.modules():
+        if isinstance(block, resnet.Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def _add_biases(body: resnet.ResNet) -> None:
+    for convolution in body.modules():
+        if isinstance(convolution, nn.Conv2d):
+            convolution.bias = nn.Parameter(torch.zeros(convolution.out_channels))

@@ -1,4 +1,4 @@
-"""Box head: class and box of a region (the original's `fpn_classifier_graph`)."""
+"""Box head: class and box of a region (Mask R-CNN, figure 4; the original's `fpn_classifier_graph`)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import BoxHeadConfig
+from model.config import BoxHeadConfig, NormConfig
 from model.norm import apply_norm, make_norm
 
 
 class BoxHead(nn.Module):
-    """A 7x7 'valid' convolution and a 1x1 one, each with norm and ReLU, then class logits and per-class deltas."""
+    """Convolutions with norm and ReLU, fully connected layers with ReLU, then class logits and per-class deltas."""
 
-    def __init__(self, in_channels: int, num_classes: int, config: BoxHeadConfig) -> None:
+    def __init__(self, in_channels: int, num_classes: int, config: BoxHeadConfig, norms: NormConfig) -> None:
         super().__init__()
-        has_bias = config.norm == "none"
+        size, width = config.pool_size, config.channels
         self.num_classes = num_classes
-        self.convolution_1 = nn.Conv2d(in_channels, config.channels, config.pool_size, bias=has_bias)
-        self.norm_1 = make_norm(config.norm, config.channels)
-        self.convolution_2 = nn.Conv2d(config.channels, config.channels, 1, bias=has_bias)
-        self.norm_2 = make_norm(config.norm, config.channels)
-        self.class_logits = nn.Linear(config.channels, num_classes)
-        self.box_deltas = nn.Linear(config.channels, 4 * num_classes)
-        for convolution in (self.convolution_1, self.convolution_2):
-            nn.init.kaiming_uniform_(convolution.weight, nonlinearity="relu")
-            if convolution.bias is not None:
-                nn.init.zeros_(convolution.bias)
+        # (in, out, kernel size) of the convolutions and (in, out) of the fully connected layers.
+        convolutions: list[tuple[int, int, int]] = []
+        linears: list[tuple[int, int]] = []
+        if config.kind == "conv7x7":  # 'valid' convolutions: the first one sees the whole region
+            convolutions = [(in_channels, width, size), (width, width, 1)]
+        elif config.kind == "fc2":
+            linears = [(in_channels * size * size, width), (width, width)]
+        else:
+            inner = config.convolution_channels
+            convolutions = [(in_channels, inner, 3)] + [(inner, inner, 3)] * 3
+            linears = [(inner * size * size, width)]
+        has_bias = config.norm == "none" or norms.convolution_bias
+        padding = 1 if config.kind == "conv4fc1" else 0
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(a, b, kernel, padding=padding, bias=has_bias) for a, b, kernel in convolutions]
+        )
+        self.norms = nn.ModuleList([make_norm(config.norm, b, norms.epsilon) for _, b, _ in convolutions])
+        self.linears = nn.ModuleList([nn.Linear(a, b) for a, b in linears])
+        self.class_logits = nn.Linear(width, num_classes)
+        self.box_deltas = nn.Linear(width, 4 * num_classes)
+        for layer in (*self.convolutions, *self.linears):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         nn.init.normal_(self.class_logits.weight, std=0.01)
         nn.init.normal_(self.box_deltas.weight, std=0.001)
         for predictor in (self.class_logits, self.box_deltas):
@@ -42,14 +56,21 @@ class BoxHead(nn.Module):
         Returns:
             (N, num_classes) float32 logits and (N, num_classes, 4) float32 deltas in units of `delta_scale`.
         """
-        x = torch.relu(apply_norm(self.norm_1, _full_convolution(self.convolution_1, regions), valid))
-        x = torch.relu(apply_norm(self.norm_2, _full_convolution(self.convolution_2, x), valid)).flatten(1)
+        x = regions
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = torch.relu(apply_norm(norm, _convolve(convolution, x), valid))
+        x = x.flatten(1)
+        for linear in self.linears:
+            x = torch.relu(linear(x))
         deltas: Tensor = self.box_deltas(x)
         logits: Tensor = self.class_logits(x)
         return logits.float(), deltas.float().reshape(-1, self.num_classes, 4)
 
 
-def _full_convolution(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolve(convolution: nn.Module, x: Tensor) -> Tensor:
     """A convolution whose kernel covers its whole input is one matrix product, which runs several times faster."""
-    y = F.linear(x.flatten(1), convolution.weight.flatten(1), convolution.bias)
-    return y[:, :, None, None]
+    assert isinstance(convolution, nn.Conv2d)
+    if convolution.kernel_size != tuple(x.shape[2:]) or convolution.padding != (0, 0):
+        y: Tensor = convolution(x)
+        return y
+    return F.linear(x.flatten(1), convolution.weight.flatten(1), convolution.bias)[:, :, None, None]

@@ -95,18 +95,29 @@ def decode_boxes(deltas: Tensor, references: Tensor, delta_scale: Sequence[float
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Clip boxes to their image.
+def clip_boxes(boxes: Tensor, windows: Tensor) -> Tensor:
+    """Clip boxes to a window each.
 
     Args:
-        boxes: (B, N, 4) xyxy, or (N, 4) with one image size.
-        image_sizes: (B, 2) or (2,) height and width in the same frame.
+        boxes: (B, N, 4) xyxy, or (N, 4) with one window.
+        windows: (B, 4) or (4,) xyxy in the same frame.
 
     Returns:
         Boxes of the same shape; one that lay outside has no area.
     """
-    limits = image_sizes.flip(-1).to(boxes.dtype)  # width, height
-    limits = torch.cat([limits, limits], dim=-1)
+    windows = windows.to(boxes.dtype)
     if boxes.dim() == 3:
-        limits = limits[:, None, :]
-    return torch.minimum(boxes.clamp(min=0), limits)
+        windows = windows[:, None, :]
+    low, high = windows[..., :2], windows[..., 2:]
+    low, high = torch.cat([low, low], dim=-1), torch.cat([high, high], dim=-1)
+    return torch.minimum(torch.maximum(boxes, low), high)
+
+
+def last_pixel_inside(boxes: Tensor) -> Tensor:
+    """Boxes with the right and bottom edge moved in by a pixel: the frame of `ModelConfig.boxes: inclusive`."""
+    return boxes - boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+
+
+def last_pixel_outside(boxes: Tensor) -> Tensor:
+    """Inverse of `last_pixel_inside`."""
+    return boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])

@@ -1,4 +1,8 @@
-"""Every knob of the model, one default each; the default preset of the architecture in arXiv 1703.06870."""
+"""Every knob of the model, one default each.
+
+The defaults are the architecture of arXiv 1703.06870 with ROIAlign as its authors later released it. Two more presets,
+configs/matterport.yaml and configs/torchvision_v1.yaml and _v2.yaml, give the numbers of those implementations.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,29 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+NormKind = Literal["batch", "frozen", "frozen_statistics", "group", "none"]
+"""frozen: stored statistics, nothing learns; frozen_statistics: stored statistics, scale and shift learn."""
+
+
+class NormConfig(Config):
+    """What all norms and the convolutions before them share."""
+
+    epsilon: PositiveFloat = 1e-5
+    """Added to the variance."""
+    convolution_bias: bool = False
+    """Convolutions before a norm have a bias as well, as every convolution of Keras has."""
+
+
 class BackboneConfig(Config):
     """ResNet that turns the image into C2..C5."""
 
     depth: Literal[18, 34, 50, 101] = 50
     """Number of layers of the ResNet."""
-    norm: Literal["batch", "frozen"] = "batch"
+    norm: Literal["batch", "frozen", "frozen_statistics"] = "batch"
     """Norm of the ResNet: batch statistics (from scratch) or frozen ones (on pretrained weights)."""
+    variant: Literal["torchvision", "keras"] = "torchvision"
+    """keras: a bottleneck's stride is in its first 1x1 convolution instead of the 3x3, and the stem's pooling pads at
+    the end only."""
 
 
 class FpnConfig(Config):
@@ -32,6 +52,8 @@ class FpnConfig(Config):
 
     channels: PositiveInt = 256
     """Channels of every pyramid level."""
+    norm: NormKind = "none"
+    """Norm after each of its convolutions."""
 
 
 class AnchorConfig(Config):
@@ -43,6 +65,8 @@ class AnchorConfig(Config):
     """Width / height of the anchors at every position."""
     anchor_stride: PositiveInt = 1
     """Every how many feature cells anchors stand."""
+    rounded: bool = False
+    """Round anchors to whole pixels and count the stride of a level as canvas // cells, as torchvision does."""
 
 
 class RpnConfig(Config):
@@ -50,6 +74,10 @@ class RpnConfig(Config):
 
     channels: PositiveInt = 512
     """Channels of the shared 3x3 convolution."""
+    num_convolutions: PositiveInt = 1
+    """3x3 convolutions before the predictions."""
+    objectness: Literal["softmax", "sigmoid"] = "softmax"
+    """Two logits an anchor, background and object, or one."""
     positive_iou: Fraction = 0.7
     """An anchor with at least this IoU with an object is positive."""
     negative_iou: Fraction = 0.3
@@ -60,6 +88,10 @@ class RpnConfig(Config):
     """Largest share of positives among them."""
     pre_nms_top_k: PositiveInt = 6000
     """Best scored anchors an image that go into NMS."""
+    pre_nms_top_k_inference: PositiveInt | None = None
+    """The same in inference; null: pre_nms_top_k."""
+    per_level: bool = False
+    """Take the best scored anchors of each pyramid level, and let NMS compare within a level only."""
     nms_threshold: Fraction = 0.7
     """Proposals that overlap a better one by more than this IoU are dropped."""
     proposals_training: PositiveInt = 2000
@@ -68,6 +100,10 @@ class RpnConfig(Config):
     """Proposals an image after NMS in inference."""
     delta_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (0.1, 0.1, 0.2, 0.2)
     """Box deltas are in units of these (dx, dy, dw, dh)."""
+    min_size: NonNegativeFloat = 1e-2
+    """Proposals with a side shorter than this, in input pixels, are dropped."""
+    clip_to: Literal["image", "canvas"] = "image"
+    """Proposals are clipped to the image, or to the canvas with its padding."""
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> Self:
@@ -87,6 +123,11 @@ class RoiConfig(Config):
     """A region with at least this IoU with an object is positive, every other one negative."""
     add_ground_truth: bool = True
     """Ground-truth boxes join the proposals in training."""
+    fixed_ratio: bool = False
+    """Draw only as many negatives as keep positives at positive_fraction (none without positives); else fill up."""
+    pooling: Literal["aligned", "unaligned", "crop_and_resize"] = "aligned"
+    """ROIAlign with half-pixel centres (aligned) or without, four samples a bin; or TensorFlow's crop_and_resize, one
+    sample a bin and the grid's corners on the region's."""
     canonical_size: PositiveFloat = 224.0
     """Side in input pixels of the region that is cut from P4 (FPN paper, equation 1)."""
 
@@ -96,10 +137,15 @@ class BoxHeadConfig(Config):
 
     pool_size: PositiveInt = 7
     """Side of the ROIAlign grid."""
+    kind: Literal["conv7x7", "fc2", "conv4fc1"] = "conv7x7"
+    """Hidden layers: a convolution over the whole region and a 1x1 one; two fully connected; or four 3x3 convolutions
+    and a fully connected one."""
     channels: PositiveInt = 1024
-    """Width of the two hidden layers."""
-    norm: Literal["batch", "frozen", "group", "none"] = "batch"
-    """Norm after each of them."""
+    """Width of the hidden layers that see the whole region."""
+    convolution_channels: PositiveInt = 256
+    """Width of the four convolutions of conv4fc1."""
+    norm: NormKind = "batch"
+    """Norm after each convolution."""
     delta_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (0.1, 0.1, 0.2, 0.2)
     """Box deltas are in units of these (dx, dy, dw, dh)."""
 
@@ -113,8 +159,11 @@ class MaskHeadConfig(Config):
     """Width of the convolutions."""
     num_convolutions: PositiveInt = 4
     """Number of 3x3 convolutions before the transposed one."""
-    norm: Literal["batch", "frozen", "group", "none"] = "batch"
+    norm: NormKind = "batch"
     """Norm after each of them."""
+    targets: Literal["thresholded", "soft", "crop_and_resize"] = "thresholded"
+    """How the object's mask comes to the region's grid: ROIAlign with four samples a cell, cut at one half; covered
+    share of the cell (torchvision); or one sample a cell, rounded (the original)."""
 
 
 class LossConfig(Config):
@@ -134,6 +183,12 @@ class LossConfig(Config):
     """What the two box losses measure: distance of the deltas, or generalized IoU of the boxes."""
     smooth_l1_beta: NonNegativeFloat = 1.0
     """Where smooth L1 turns from quadratic to linear, in delta units; 0 is plain L1."""
+    normalizer: Literal["image", "batch", "positives"] = "image"
+    """What sums are divided by: the sampled rows of each image, then averaged over images; those of all images of a
+    worker together (torchvision); or as batch, but the box losses by positives and four numbers (the original)."""
+    inactive_classes: Literal["masked", "by_prediction"] = "masked"
+    """Classes that the image's data set has not labelled: out of the softmax, or a region does not count while its
+    best class is one (the original)."""
 
 
 class DetectionConfig(Config):
@@ -145,8 +200,13 @@ class DetectionConfig(Config):
     """Detections that overlap a better one of their class by more than this IoU are dropped."""
     max_per_image: PositiveInt = 100
     """Most detections an image."""
-    min_size: PositiveFloat = 1e-2
-    """Proposals and detections with a side shorter than this, in input pixels, are dropped."""
+    min_size: NonNegativeFloat = 1e-2
+    """Detections with a side shorter than this, in input pixels, are dropped; 0 keeps all."""
+    best_class_only: bool = False
+    """A region can be detected as its best class alone, instead of as every class above the threshold."""
+    whole_pixels: bool = False
+    """Round boxes to whole original pixels and resize the mask to exactly that box, as the original does; else as
+    torchvision."""
 
 
 class ModelConfig(Config):
@@ -156,6 +216,15 @@ class ModelConfig(Config):
     """RGB mean of images in 0..1 (ImageNet)."""
     pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """RGB standard deviation of images in 0..1 (ImageNet)."""
+    image_position: Literal["top_left", "centre"] = "top_left"
+    """Where the network sees an image on its canvas."""
+    padding: Literal["mean", "black"] = "mean"
+    """What the network sees outside the image."""
+    boxes: Literal["exclusive", "inclusive"] = "exclusive"
+    """Whether arithmetic with boxes counts the last pixel inside: inclusive gives the numbers of the original, whose
+    normalised boxes do."""
+    norms: NormConfig = NormConfig()
+    """Norms."""
     backbone: BackboneConfig = BackboneConfig()
     """ResNet."""
     fpn: FpnConfig = FpnConfig()
@@ -176,3 +245,8 @@ class ModelConfig(Config):
     """Loss weights."""
     detections: DetectionConfig = DetectionConfig()
     """Postprocessing."""
+    weights: str = "none"
+    """Initial weights: none, matterport:FILE.h5, torchvision:FILE.pth, torchvision:NAME (COCO_V1, IMAGENET1K_V2, ...),
+    or a checkpoint of ours (folder, run, id of an MLflow run)."""
+    weights_classes: tuple[str, ...] | None = None
+    """Names of classes 1..C-1 of a weight file that does not say them; classes of the same name keep their rows."""

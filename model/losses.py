@@ -1,13 +1,15 @@
-"""The five losses; each is computed per image and then averaged over the images.
+"""The five losses; by default each is computed per image and then averaged over the images.
 
 So neither the number of workers nor accumulation changes the gradient of the losses: the mean over the global batch is
 the mean of the workers' means. (Batch norm, where it is used, still takes its statistics from one worker's images.)
-An image without positives contributes 0 to the box and mask losses.
+An image without positives contributes 0 to the box and mask losses. The other normalisers are those of torchvision and
+of the original, over the images of one worker together; nothing to divide by gives 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from model.boxes import decode_boxes, generalized_iou
 
+Normalizer = Literal["image", "batch", "positives"]
 LOSS_NAMES = ("rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss")
 
 
@@ -37,17 +40,35 @@ def _smooth_l1(
     return F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=beta).sum(dim=-1)
 
 
-def rpn_class_loss(logits: Tensor, positive: Tensor, valid: Tensor) -> Tensor:
+def _mean(
+    loss: Tensor, counted: Tensor, image_index: Tensor, num_images: int, normalizer: Normalizer, weight: float = 1.0
+) -> Tensor:
+    """Sum of losses over the number of counted rows times a weight: of each image, then averaged, or of all images."""
+    number = counted.to(loss.dtype)
+    if normalizer == "image":
+        sums, counts = _sum_by_image(loss, image_index, num_images), _sum_by_image(number, image_index, num_images)
+    else:
+        sums, counts = loss.sum()[None], number.sum()[None]
+    return (sums / (counts * weight).clamp(min=1)).mean()
+
+
+def _image_index(rows: Tensor) -> Tensor:
+    """(B * S,) image of each of the flattened rows (B, S)."""
+    return torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+
+
+def rpn_class_loss(logits: Tensor, positive: Tensor, valid: Tensor, normalizer: Normalizer = "image") -> Tensor:
     """Cross entropy of background and object over the sampled anchors.
 
     Args:
         logits: (B, S, 2) of the sampled anchors.
         positive: (B, S) bool.
         valid: (B, S) bool, slots that hold an anchor.
+        normalizer: see the module.
     """
     loss = F.cross_entropy(logits.transpose(1, 2), positive.long(), reduction="none")  # (B, S)
-    per_image = (loss * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
-    return per_image.mean()
+    loss = torch.where(valid, loss, 0.0)
+    return _mean(loss.flatten(), valid.flatten(), _image_index(valid), valid.shape[0], normalizer)
 
 
 def rpn_bbox_loss(
@@ -56,9 +77,10 @@ def rpn_bbox_loss(
     positive: Tensor,
     valid: Tensor,
     beta: float,
+    normalizer: Normalizer = "image",
     giou_delta_scale: Sequence[float] | None = None,
 ) -> Tensor:
-    """Smooth L1 or GIoU of positive anchors, over the number of sampled anchors of the image.
+    """Smooth L1 or GIoU of positive anchors, over the number of sampled anchors (or of positives and four numbers).
 
     Args:
         deltas: (B, S, 4) predicted.
@@ -66,19 +88,27 @@ def rpn_bbox_loss(
         positive: (B, S) bool.
         valid: (B, S) bool, slots that hold an anchor.
         beta: where the loss turns linear.
+        normalizer: see the module.
         giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
     loss = torch.where(positive & valid, _smooth_l1(deltas, target_deltas, beta, giou_delta_scale), 0.0)
-    return (loss.sum(dim=1) / valid.sum(dim=1).clamp(min=1)).mean()
+    counted, weight = (positive & valid, 4.0) if normalizer == "positives" else (valid, 1.0)
+    return _mean(loss.flatten(), counted.flatten(), _image_index(valid), valid.shape[0], normalizer, weight)
 
 
 def mrcnn_class_loss(
-    logits: Tensor, classes: Tensor, valid: Tensor, image_index: Tensor, active_class_ids: Tensor
+    logits: Tensor,
+    classes: Tensor,
+    valid: Tensor,
+    image_index: Tensor,
+    active_class_ids: Tensor,
+    normalizer: Normalizer = "image",
+    inactive_classes: Literal["masked", "by_prediction"] = "masked",
 ) -> Tensor:
     """Cross entropy over the classes that the image's data set has labelled; the others get no gradient at all.
 
-    (The original weighs a region by whether its *predicted* class is active, with the flags of the first image of the
-    batch, and is NaN when no prediction is active.)
+    With `by_prediction` a region does not count while its best class is not labelled. (The original takes the flags of
+    the first image for the whole batch, and is NaN when no region counts; here each image has its own, and it is 0.)
 
     Args:
         logits: (N, C) of all regions; N may be 0.
@@ -86,11 +116,17 @@ def mrcnn_class_loss(
         valid: (N,) bool.
         image_index: (N,) int64 image of each region.
         active_class_ids: (B, C) bool.
+        normalizer: see the module.
+        inactive_classes: see above.
     """
     active = active_class_ids[image_index]  # (N, C)
-    loss = F.cross_entropy(logits.masked_fill(~active, float("-inf")), classes, reduction="none")
+    if inactive_classes == "masked":
+        logits = logits.masked_fill(~active, float("-inf"))
+    else:
+        valid = valid & active.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
+    loss = F.cross_entropy(logits, classes, reduction="none")
     loss = torch.where(valid, loss, 0.0)
-    return _mean_over_regions(loss, valid, image_index, active_class_ids.shape[0])
+    return _mean(loss, valid, image_index, active_class_ids.shape[0], normalizer)
 
 
 def mrcnn_bbox_loss(
@@ -101,9 +137,10 @@ def mrcnn_bbox_loss(
     image_index: Tensor,
     num_images: int,
     beta: float,
+    normalizer: Normalizer = "image",
     giou_delta_scale: Sequence[float] | None = None,
 ) -> Tensor:
-    """Smooth L1 or GIoU of the deltas for the true class, positives only, over the sampled regions of the image.
+    """Smooth L1 or GIoU of the deltas for the true class, positives only, over the number of sampled regions.
 
     Args:
         deltas: (N, C, 4) predicted; N may be 0.
@@ -113,32 +150,34 @@ def mrcnn_bbox_loss(
         image_index: (N,) int64 image of each region.
         num_images: B.
         beta: where the loss turns linear.
+        normalizer: see the module.
         giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
     index = classes[:, None, None].expand(-1, 1, 4)
     loss = _smooth_l1(deltas.gather(1, index)[:, 0], target_deltas, beta, giou_delta_scale)
-    loss = torch.where(valid & (classes > 0), loss, 0.0)
-    return _mean_over_regions(loss, valid, image_index, num_images)
+    positive = valid & (classes > 0)
+    loss = torch.where(positive, loss, 0.0)
+    counted, weight = (positive, 4.0) if normalizer == "positives" else (valid, 1.0)
+    return _mean(loss, counted, image_index, num_images, normalizer, weight)
 
 
 def mrcnn_mask_loss(
-    mask_logits: Tensor, target_masks: Tensor, valid: Tensor, image_index: Tensor, num_images: int
+    mask_logits: Tensor,
+    target_masks: Tensor,
+    valid: Tensor,
+    image_index: Tensor,
+    num_images: int,
+    normalizer: Normalizer = "image",
 ) -> Tensor:
-    """Binary cross entropy of the true class's mask, mean over cells and over the positives of the image.
+    """Binary cross entropy of the true class's mask, mean over cells and over the positives.
 
     Args:
         mask_logits: (P, M, M) of positive regions; P may be 0.
-        target_masks: (P, M, M) of 0 and 1.
+        target_masks: (P, M, M) in 0..1.
         valid: (P,) bool.
         image_index: (P,) int64 image of each region.
         num_images: B.
+        normalizer: see the module.
     """
     loss = F.binary_cross_entropy_with_logits(mask_logits, target_masks, reduction="none").flatten(1).mean(dim=1)
-    return _mean_over_regions(torch.where(valid, loss, 0.0), valid, image_index, num_images)
-
-
-def _mean_over_regions(loss: Tensor, valid: Tensor, image_index: Tensor, num_images: int) -> Tensor:
-    """Mean over the valid regions of each image, then over the images; an image without any counts as 0."""
-    sums = _sum_by_image(loss, image_index, num_images)
-    counts = _sum_by_image(valid.to(loss.dtype), image_index, num_images)
-    return (sums / counts.clamp(min=1)).mean()
+    return _mean(torch.where(valid, loss, 0.0), valid, image_index, num_images, normalizer)

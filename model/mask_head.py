@@ -7,21 +7,21 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from model.config import MaskHeadConfig
+from model.config import MaskHeadConfig, NormConfig
 from model.norm import apply_norm, make_norm
 
 
 class MaskHead(nn.Module):
     """3x3 convolutions with norm and ReLU, a 2x2 transposed convolution, a 1x1 to one logit a class."""
 
-    def __init__(self, in_channels: int, num_classes: int, config: MaskHeadConfig) -> None:
+    def __init__(self, in_channels: int, num_classes: int, config: MaskHeadConfig, norms: NormConfig) -> None:
         super().__init__()
         widths = [in_channels] + [config.channels] * config.num_convolutions
-        has_bias = config.norm == "none"
+        has_bias = config.norm == "none" or norms.convolution_bias
         self.convolutions = nn.ModuleList(
             [nn.Conv2d(a, b, 3, padding=1, bias=has_bias) for a, b in itertools.pairwise(widths)]
         )
-        self.norms = nn.ModuleList([make_norm(config.norm, config.channels) for _ in self.convolutions])
+        self.norms = nn.ModuleList([make_norm(config.norm, config.channels, norms.epsilon) for _ in self.convolutions])
         self.upsampling = nn.ConvTranspose2d(config.channels, config.channels, 2, stride=2)
         self.mask_logits = nn.Conv2d(config.channels, num_classes, 1)
         for module in self.modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,12 @@ from model import losses
 from model.anchors import pyramid_anchors
 from model.backbone import Backbone
 from model.box_head import BoxHead
-from model.boxes import encode_boxes
+from model.boxes import encode_boxes, last_pixel_inside, last_pixel_outside
+from model.canvas import image_windows, move_to_windows, normalise
 from model.config import ModelConfig
 from model.fpn import FeaturePyramid
 from model.mask_head import MaskHead
-from model.masks import crop_mask_targets
+from model.mask_targets import crop_mask_targets
 from model.postprocess import select_detections
 from model.proposals import propose
 from model.roi_align import pyramid_roi_align
@@ -32,27 +35,31 @@ class MaskRCNN(nn.Module):
         channels = config.fpn.channels
         self.config = config
         self.num_classes = num_classes
-        self.backbone = Backbone(config.backbone)
-        self.fpn = FeaturePyramid(self.backbone.out_channels, channels)
+        self.backbone = Backbone(config.backbone, config.norms)
+        self.fpn = FeaturePyramid(self.backbone.out_channels, config.fpn, config.norms)
         self.rpn = RegionProposalNetwork(channels, config.rpn, len(config.anchors.ratios), config.anchors.anchor_stride)
-        self.box_head = BoxHead(channels, num_classes, config.box_head)
-        self.mask_head = MaskHead(channels, num_classes, config.mask_head)
-        self._anchors: dict[tuple[torch.Size, torch.device], Tensor] = {}
+        self.box_head = BoxHead(channels, num_classes, config.box_head, config.norms)
+        self.mask_head = MaskHead(channels, num_classes, config.mask_head, config.norms)
+        self._anchors: dict[tuple[tuple[int, int], torch.device], list[Tensor]] = {}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The five losses, each a scalar averaged over the images, without weights.
 
         Images without objects are legal, alone and all together; every parameter takes part in the graph.
         """
-        pyramid = self.features(batch.images, batch.image_sizes)
+        canvas = _canvas(batch.images)
+        windows = image_windows(batch.image_sizes, canvas, self.config.image_position)
+        batch = self._place_batch(batch, windows)
+        pyramid = self.features(batch.images, windows)
         rpn_logits, rpn_deltas = self.rpn(pyramid)
-        anchors = self.anchors(batch.images, pyramid)
-        rpn_class_loss, rpn_bbox_loss = self._rpn_losses(rpn_logits, rpn_deltas, anchors, batch)
+        anchors = self.anchors(canvas, pyramid)
+        rpn_class_loss, rpn_bbox_loss = self._rpn_losses(rpn_logits, rpn_deltas, torch.cat(anchors), batch)
 
-        proposals, valid = self._propose(rpn_logits, rpn_deltas, anchors, batch.image_sizes)
+        proposals, valid = self.propose(rpn_logits, rpn_deltas, anchors, windows, canvas)
+        batch = replace(batch, boxes=self.to_frame(batch.boxes))
         targets = sample_regions(proposals, valid, batch, self.config)
         mrcnn_class_loss, mrcnn_bbox_loss = self._box_losses(pyramid, targets, batch)
-        mrcnn_mask_loss = self._mask_loss(pyramid, targets, batch)
+        mrcnn_mask_loss = self._mask_loss(pyramid, targets, batch, windows)
         return {
             "rpn_class_loss": rpn_class_loss,
             "rpn_bbox_loss": rpn_bbox_loss,
@@ -69,14 +76,16 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W) uint8 RGB, zero outside the image.
             image_sizes: (B, 2) int64 height and width of the image on its canvas.
         """
-        pyramid = self.features(images, image_sizes)
+        canvas = _canvas(images)
+        windows = image_windows(image_sizes, canvas, self.config.image_position)
+        pyramid = self.features(self.place(images, windows), windows)
         rpn_logits, rpn_deltas = self.rpn(pyramid)
-        proposals, valid = self._propose(rpn_logits, rpn_deltas, self.anchors(images, pyramid), image_sizes)
+        anchors = self.anchors(canvas, pyramid)
+        proposals, valid = self.propose(rpn_logits, rpn_deltas, anchors, windows, canvas)
         image_index, slot = torch.nonzero(valid, as_tuple=True)
         regions = proposals[image_index, slot]
-        pool, canonical_size = self.config.box_head.pool_size, self.config.roi.canonical_size
         class_logits, box_deltas = self.box_head(
-            pyramid_roi_align(pyramid[:4], regions, image_index, pool, canonical_size)
+            self.pool(pyramid, regions, image_index, self.config.box_head.pool_size, canvas)
         )
         found = []
         for image in range(images.shape[0]):
@@ -85,42 +94,80 @@ class MaskRCNN(nn.Module):
                 class_logits[rows],
                 box_deltas[rows],
                 regions[rows],
-                image_sizes[image],
+                self.to_frame(windows[image]),
                 self.config.box_head,
                 self.config.detections,
             )
-            features = [level[image : image + 1] for level in pyramid[:4]]
+            features = [level[image : image + 1] for level in pyramid]
             first_image = torch.zeros_like(classes)
-            pooled = pyramid_roi_align(features, boxes, first_image, self.config.mask_head.pool_size, canonical_size)
+            pooled = self.pool(features, boxes, first_image, self.config.mask_head.pool_size, canvas)
             mask_logits = self.mask_head(pooled, classes)
+            boxes = self.from_frame(boxes) - windows[image, :2].repeat(2)
             found.append(Detections(boxes, scores, classes, mask_logits.sigmoid()))
         return found
 
-    def features(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
-        """P2..P6 of (B, 3, H, W) uint8 RGB images; outside the image the network sees the mean pixel."""
-        mean = torch.tensor(self.config.pixel_mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.config.pixel_std, device=images.device)[:, None, None]
-        x = (images.float() / 255.0 - mean) / std
-        rows = torch.arange(images.shape[2], device=images.device) < image_sizes[:, :1]  # (B, H)
-        columns = torch.arange(images.shape[3], device=images.device) < image_sizes[:, 1:]  # (B, W)
-        x = x * (rows[:, None, :, None] & columns[:, None, None, :])
-        pyramid: list[Tensor] = self.fpn(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+    def features(self, images: Tensor, windows: Tensor) -> list[Tensor]:
+        """P2..P6 of (B, 3, H, W) uint8 RGB images that lie in their windows (B, 4)."""
+        pyramid: list[Tensor] = self.fpn(self.backbone(normalise(images, windows, self.config)))
         return pyramid
 
-    def anchors(self, images: Tensor, pyramid: list[Tensor]) -> Tensor:
-        """(A, 4) xyxy in input pixels; kept for each canvas seen."""
-        key = (images.shape[2:], images.device)
+    def anchors(self, canvas: tuple[int, int], pyramid: list[Tensor]) -> list[Tensor]:
+        """Anchors of P2..P6, (A, 4) xyxy in input pixels each; kept for each canvas seen."""
+        key = (canvas, pyramid[0].device)
         if key not in self._anchors:
             sizes = [(level.shape[2], level.shape[3]) for level in pyramid]
-            self._anchors[key] = pyramid_anchors(self.config.anchors, sizes).to(images.device)
+            levels = pyramid_anchors(self.config.anchors, sizes, canvas)
+            self._anchors[key] = [level.to(pyramid[0].device) for level in levels]
         return self._anchors[key]
 
-    def _propose(
-        self, rpn_logits: Tensor, rpn_deltas: Tensor, anchors: Tensor, image_sizes: Tensor
+    def propose(
+        self,
+        rpn_logits: Tensor,
+        rpn_deltas: Tensor,
+        anchors: list[Tensor],
+        windows: Tensor,
+        canvas: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
+        """See `model.proposals.propose`; boxes are in the frame of arithmetic (`ModelConfig.boxes`) from here on."""
         config = self.config.rpn
-        number = config.proposals_training if self.training else config.proposals_inference
-        return propose(rpn_logits, rpn_deltas, anchors, image_sizes, config, number, self.config.detections.min_size)
+        number, top_k = config.proposals_training, config.pre_nms_top_k
+        if not self.training:
+            number, top_k = config.proposals_inference, config.pre_nms_top_k_inference or top_k
+        if config.clip_to == "canvas":
+            windows = windows.new_tensor([0, 0, canvas[1], canvas[0]]).expand_as(windows)
+        counts = [len(level) for level in anchors]
+        boxes = self.to_frame(torch.cat(anchors))
+        return propose(rpn_logits, rpn_deltas, boxes, counts, self.to_frame(windows), config, top_k, number)
+
+    def pool(
+        self, pyramid: list[Tensor], regions: Tensor, image_index: Tensor, pool_size: int, canvas: tuple[int, int]
+    ) -> Tensor:
+        """See `pyramid_roi_align`; P6 has no part in it."""
+        return pyramid_roi_align(pyramid[:4], regions, image_index, pool_size, self.config.roi, canvas)
+
+    def place(self, images: Tensor, windows: Tensor) -> Tensor:
+        """Images from the top left corner to where the network sees them."""
+        return images if self.config.image_position == "top_left" else move_to_windows(images, windows)
+
+    def _place_batch(self, batch: Batch, windows: Tensor) -> Batch:
+        """The batch with its images, and with them the boxes, where the network sees them."""
+        if self.config.image_position == "top_left":
+            return batch
+        shift = windows[:, None, :2].repeat(1, 1, 2)  # (B, 1, 4)
+        return replace(
+            batch,
+            images=self.place(batch.images, windows),
+            boxes=batch.boxes + shift,
+            mask_boxes=batch.mask_boxes + shift,
+        )
+
+    def to_frame(self, boxes: Tensor) -> Tensor:
+        """Input pixels to the frame of arithmetic."""
+        return last_pixel_inside(boxes) if self.config.boxes == "inclusive" else boxes
+
+    def from_frame(self, boxes: Tensor) -> Tensor:
+        """Inverse of `to_frame`."""
+        return last_pixel_outside(boxes) if self.config.boxes == "inclusive" else boxes
 
     def _rpn_losses(
         self, rpn_logits: Tensor, rpn_deltas: Tensor, anchors: Tensor, batch: Batch
@@ -132,7 +179,10 @@ class MaskRCNN(nn.Module):
         gt_boxes = batch.boxes.gather(1, matched_gt_index.gather(1, samples.index)[..., None].expand(-1, -1, 4))
         target_deltas = encode_boxes(gt_boxes, anchors[samples.index], self.config.rpn.delta_scale)
         class_loss = losses.rpn_class_loss(
-            rpn_logits.gather(1, rows.expand(-1, -1, 2)), sampled_positive, samples.valid
+            rpn_logits.gather(1, rows.expand(-1, -1, 2)),
+            sampled_positive,
+            samples.valid,
+            self.config.losses.normalizer,
         )
         bbox_loss = losses.rpn_bbox_loss(
             rpn_deltas.gather(1, rows.expand(-1, -1, 4)),
@@ -140,6 +190,7 @@ class MaskRCNN(nn.Module):
             sampled_positive,
             samples.valid,
             self.config.losses.smooth_l1_beta,
+            self.config.losses.normalizer,
             giou_delta_scale=self.config.rpn.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
         return class_loss, bbox_loss
@@ -149,10 +200,18 @@ class MaskRCNN(nn.Module):
         regions = targets.boxes[image_index, slot]
         valid, classes = targets.valid[image_index, slot], targets.classes[image_index, slot]
         gt_boxes = batch.boxes[image_index, targets.matched_gt_index[image_index, slot]]
-        config = self.config.box_head
-        pooled = pyramid_roi_align(pyramid[:4], regions, image_index, config.pool_size, self.config.roi.canonical_size)
+        config, loss_config = self.config.box_head, self.config.losses
+        pooled = self.pool(pyramid, regions, image_index, config.pool_size, _canvas(batch.images))
         class_logits, box_deltas = self.box_head(pooled, _rows_to_mask(valid))
-        class_loss = losses.mrcnn_class_loss(class_logits, classes, valid, image_index, batch.active_class_ids)
+        class_loss = losses.mrcnn_class_loss(
+            class_logits,
+            classes,
+            valid,
+            image_index,
+            batch.active_class_ids,
+            loss_config.normalizer,
+            loss_config.inactive_classes,
+        )
         bbox_loss = losses.mrcnn_bbox_loss(
             box_deltas,
             encode_boxes(gt_boxes, regions, config.delta_scale),
@@ -160,21 +219,32 @@ class MaskRCNN(nn.Module):
             valid,
             image_index,
             batch.num_images,
-            self.config.losses.smooth_l1_beta,
+            loss_config.smooth_l1_beta,
+            loss_config.normalizer,
             giou_delta_scale=config.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
         return class_loss, bbox_loss
 
-    def _mask_loss(self, pyramid: list[Tensor], targets: RegionTargets, batch: Batch) -> Tensor:
+    def _mask_loss(self, pyramid: list[Tensor], targets: RegionTargets, batch: Batch, windows: Tensor) -> Tensor:
         image_index, slot = _slots(targets.valid[:, : targets.num_positive_slots])
         regions = targets.boxes[image_index, slot]
         valid, classes = targets.valid[image_index, slot], targets.classes[image_index, slot]
         gt_index = targets.matched_gt_index[image_index, slot]
         config = self.config.mask_head
-        pooled = pyramid_roi_align(pyramid[:4], regions, image_index, config.pool_size, self.config.roi.canonical_size)
+        canvas = _canvas(batch.images)
+        pooled = self.pool(pyramid, regions, image_index, config.pool_size, canvas)
         mask_logits = self.mask_head(pooled, classes, _rows_to_mask(valid))
-        target_masks = crop_mask_targets(batch, image_index, gt_index, regions, 2 * config.pool_size)
-        return losses.mrcnn_mask_loss(mask_logits, target_masks, valid, image_index, batch.num_images)
+        target_masks = crop_mask_targets(
+            batch, windows, image_index, gt_index, regions, 2 * config.pool_size, config.targets
+        )
+        return losses.mrcnn_mask_loss(
+            mask_logits, target_masks, valid, image_index, batch.num_images, self.config.losses.normalizer
+        )
+
+
+def _canvas(images: Tensor) -> tuple[int, int]:
+    """Rows and columns."""
+    return images.shape[2], images.shape[3]
 
 
 def _slots(valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-NormKind = Literal["batch", "frozen", "group", "none"]
+from model.config import NormKind
 
 
 class RowBatchNorm(nn.BatchNorm2d):
@@ -55,17 +53,27 @@ class RowBatchNorm(nn.BatchNorm2d):
         return ((values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def make_norm(kind: NormKind, channels: int) -> nn.Module:
+class FrozenStatisticsNorm(nn.BatchNorm2d):
+    """Normalises by its stored mean and variance, also in training; scale and shift learn (the original's norm)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), N may be 0."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def make_norm(kind: NormKind, channels: int, epsilon: float = 1e-5) -> nn.Module:
     """Norm layer for (N, channels, H, W) by its configuration name."""
     if kind == "batch":
-        return RowBatchNorm(channels)
+        return RowBatchNorm(channels, eps=epsilon)
     if kind == "frozen":
-        frozen: nn.Module = FrozenBatchNorm2d(channels)
+        frozen: nn.Module = FrozenBatchNorm2d(channels, eps=epsilon)
         return frozen
+    if kind == "frozen_statistics":
+        return FrozenStatisticsNorm(channels, eps=epsilon)
     if kind == "group":
         # At least eight channels a group: on a 1x1 map a channel alone in its group is always normalised to zero.
         groups = next((groups for groups in (32, 16, 8, 4, 2) if channels % (8 * groups) == 0), 1)
-        return nn.GroupNorm(groups, channels)
+        return nn.GroupNorm(groups, channels, eps=epsilon)
     return nn.Identity()
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from model.boxes import clip_boxes, decode_boxes
-from model.config import BoxHeadConfig, DetectionConfig
+from model.boxes import clip_boxes, decode_boxes, last_pixel_inside, last_pixel_outside
+from model.config import BoxHeadConfig, DetectionConfig, ModelConfig
 from model.structures import Detections
 
 
@@ -15,7 +15,7 @@ def select_detections(
     class_logits: Tensor,
     box_deltas: Tensor,
     proposals: Tensor,
-    image_size: Tensor,
+    window: Tensor,
     box_head: BoxHeadConfig,
     config: DetectionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,34 +24,62 @@ def select_detections(
     Args:
         class_logits: (K, C) of the image's proposals; K may be 0.
         box_deltas: (K, C, 4).
-        proposals: (K, 4) xyxy in input pixels.
-        image_size: (2,) height and width of the image on the canvas, input pixels.
+        proposals: (K, 4) xyxy.
+        window: (4,) xyxy that boxes are clipped to, in the frame of the proposals.
         box_head: delta scale.
         config: thresholds.
 
     Returns:
-        boxes (N, 4) xyxy in input pixels, scores (N,), classes (N,), by falling score; N may be 0.
+        boxes (N, 4) xyxy in the frame of the proposals, scores (N,), classes (N,), by falling score; N may be 0.
     """
-    probabilities = class_logits.softmax(dim=1)[:, 1:]  # without background
-    boxes = decode_boxes(box_deltas[:, 1:], proposals[:, None, :], box_head.delta_scale)  # (K, C - 1, 4)
-    boxes = clip_boxes(boxes.reshape(-1, 4), image_size).reshape(boxes.shape)
-    row, column = torch.nonzero(probabilities > config.score_threshold, as_tuple=True)
-    scores, boxes, classes = probabilities[row, column], boxes[row, column], column + 1
-    large_enough = ((boxes[:, 2:] - boxes[:, :2]) >= config.min_size).all(dim=1)
-    scores, boxes, classes = scores[large_enough], boxes[large_enough], classes[large_enough]
+    row, classes, scores = _candidates(class_logits.softmax(dim=1), config)
+    boxes = clip_boxes(decode_boxes(box_deltas[row, classes], proposals[row], box_head.delta_scale), window)
+    if config.min_size > 0:
+        large_enough = ((boxes[:, 2:] - boxes[:, :2]) >= config.min_size).all(dim=1)
+        scores, boxes, classes = scores[large_enough], boxes[large_enough], classes[large_enough]
     keep = batched_nms(boxes, scores, classes, config.nms_threshold)[: config.max_per_image]
     return boxes[keep], scores[keep], classes[keep]
 
 
-def to_original(detections: Detections, image_size: tuple[int, int], original_size: tuple[int, int]) -> Detections:
+def _candidates(probabilities: Tensor, config: DetectionConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, class and score of what (K, C) probabilities can be detected as."""
+    if config.best_class_only:
+        scores, classes = probabilities.max(dim=1)
+        row = torch.nonzero((classes > 0) & (scores >= config.score_threshold)).flatten()
+        return row, classes[row], scores[row]
+    row, column = torch.nonzero(probabilities[:, 1:] > config.score_threshold, as_tuple=True)  # without background
+    return row, column + 1, probabilities[row, column + 1]
+
+
+def to_original(
+    detections: Detections,
+    image_size: tuple[int, int],
+    original_size: tuple[int, int],
+    config: ModelConfig,
+) -> Detections:
     """Move boxes from input pixels to original pixels, clipped to the image.
 
     Args:
         detections: boxes in input pixels.
         image_size: height and width that the image covers on the canvas, input pixels.
         original_size: height and width of the image file.
+        config: how boxes are counted; with `whole_pixels` they are rounded, and those without area left out, as in the
+            original.
     """
-    scale_y, scale_x = original_size[0] / image_size[0], original_size[1] / image_size[1]
-    boxes = detections.boxes * detections.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    boxes = clip_boxes(boxes, torch.tensor(original_size, device=boxes.device))
-    return Detections(boxes, detections.scores, detections.classes, detections.mask_probabilities)
+    inclusive = config.boxes == "inclusive"
+    boxes = detections.boxes.double()
+    if inclusive:
+        boxes = last_pixel_inside(boxes)
+    edge = 1 if inclusive else 0
+    scale_y, scale_x = (
+        (original - edge) / max(covered - edge, 1) for original, covered in zip(original_size, image_size, strict=True)
+    )
+    boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+    if inclusive:
+        boxes = last_pixel_outside(boxes)
+    if config.detections.whole_pixels:
+        boxes = boxes.round()
+    window = boxes.new_tensor([0, 0, original_size[1], original_size[0]])
+    boxes = clip_boxes(boxes, window).to(detections.boxes.dtype)
+    moved = Detections(boxes, detections.scores, detections.classes, detections.mask_probabilities)
+    return moved.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1)) if config.detections.whole_pixels else moved

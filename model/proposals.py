@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import nms
 
 from model.boxes import clip_boxes, decode_boxes
 from model.config import RpnConfig
+from model.nms import kept_by_nms
 
 
 @torch.no_grad()
@@ -15,43 +18,64 @@ def propose(
     class_logits: Tensor,
     box_deltas: Tensor,
     anchors: Tensor,
-    image_sizes: Tensor,
+    anchors_per_level: Sequence[int],
+    windows: Tensor,
     config: RpnConfig,
+    pre_nms_top_k: int,
     num_proposals: int,
-    min_size: float,
 ) -> tuple[Tensor, Tensor]:
     """Best anchors of an image, moved, clipped, thinned by NMS and padded.
 
-    1. top-k by objectness over all levels, 2. apply deltas, 3. clip to the image, drop slivers, 4. NMS, 5. pad.
+    1. top-k by objectness, over all levels or of each, 2. apply deltas, 3. clip, drop slivers, 4. NMS, 5. pad.
     No gradient flows through (the original lets the head's box loss leak into the RPN here).
 
     Args:
         class_logits: (B, A, 2) background and object.
         box_deltas: (B, A, 4).
-        anchors: (A, 4) xyxy in input pixels.
-        image_sizes: (B, 2) height and width of the image on the canvas, input pixels.
-        config: counts, NMS threshold, delta scale.
+        anchors: (A, 4) xyxy.
+        anchors_per_level: how many of the A belong to P2, P3, ...
+        windows: (B, 4) xyxy that proposals are clipped to, in the frame of the anchors.
+        config: NMS threshold, delta scale, smallest size.
+        pre_nms_top_k: anchors that go into NMS, of the image or of each level.
         num_proposals: K, the fixed number of rows that comes back.
-        min_size: proposals with a shorter side are dropped, input pixels.
 
     Returns:
-        (B, K, 4) xyxy in input pixels by falling score, zeros behind the last one, and (B, K) bool, which are real.
+        (B, K, 4) xyxy in the frame of the anchors by falling score, zeros behind the last one, and (B, K) bool, which
+        are real.
     """
     scores = class_logits[..., 1] - class_logits[..., 0]  # monotonic in the softmax probability
-    top_scores, top = scores.topk(min(config.pre_nms_top_k, scores.shape[1]), dim=1)
+    groups = list(anchors_per_level) if config.per_level else [sum(anchors_per_level)]
+    top, level = _top_of_groups(scores, groups, pre_nms_top_k)
+    top_scores = scores.gather(1, top)
     deltas = box_deltas.gather(1, top[..., None].expand(-1, -1, 4))
-    boxes = clip_boxes(decode_boxes(deltas, anchors[top], config.delta_scale), image_sizes)
+    boxes = clip_boxes(decode_boxes(deltas, anchors[top], config.delta_scale), windows)
 
-    proposals = boxes.new_zeros(boxes.shape[0], num_proposals, 4)
-    valid = torch.zeros(boxes.shape[0], num_proposals, dtype=torch.bool, device=boxes.device)
-    for image in range(boxes.shape[0]):
-        size = boxes[image, :, 2:] - boxes[image, :, :2]
-        # Slivers become empty boxes of the lowest score: they suppress nothing and end up behind the real ones.
-        large_enough = (size >= min_size).all(dim=1)
-        candidates = torch.where(large_enough[:, None], boxes[image], 0.0)
-        candidate_scores = torch.where(large_enough, top_scores[image], float("-inf"))
-        # A wait for the device: nms returns a size. (The other one of a training step is in `pyramid_roi_align`.)
-        keep = nms(candidates, candidate_scores, config.nms_threshold)[:num_proposals]
-        proposals[image, : len(keep)] = candidates[keep]
-        valid[image, : len(keep)] = large_enough[keep]
-    return proposals, valid
+    # Slivers become empty boxes of the lowest score: they suppress nothing and end up behind the real ones.
+    large_enough = ((boxes[..., 2:] - boxes[..., :2]) >= config.min_size).all(dim=2)
+    boxes = torch.where(large_enough[..., None], boxes, 0.0)
+    top_scores = torch.where(large_enough, top_scores, float("-inf"))
+    groups_of_nms = level if config.per_level else None
+    kept = torch.stack(
+        [
+            kept_by_nms(boxes[image], top_scores[image], groups_of_nms, config.nms_threshold)
+            for image in range(boxes.shape[0])
+        ]
+    )
+    ranked_scores = torch.where(kept & large_enough, top_scores, float("-inf"))
+    best_scores, best = ranked_scores.topk(min(num_proposals, boxes.shape[1]), dim=1)
+    valid = best_scores > float("-inf")
+    proposals = torch.where(valid[..., None], boxes.gather(1, best[..., None].expand(-1, -1, 4)), 0.0)
+    missing = num_proposals - best.shape[1]
+    return F.pad(proposals, (0, 0, 0, missing)), F.pad(valid, (0, missing))
+
+
+def _top_of_groups(scores: Tensor, groups: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
+    """Index (B, N) of the best scored of each group of consecutive columns, and its group (N,)."""
+    index, group_of = [], []
+    first = 0
+    for group, count in enumerate(groups):
+        best = scores[:, first : first + count].topk(min(most, count), dim=1).indices
+        index.append(best + first)
+        group_of.append(torch.full((best.shape[1],), group, device=scores.device))
+        first += count
+    return torch.cat(index, dim=1), torch.cat(group_of)

@@ -1,4 +1,4 @@
-"""ROIAlign over P2..P5 (Mask R-CNN section 3, FPN section 4.2)."""
+"""Features of regions from P2..P5: ROIAlign (Mask R-CNN section 3, FPN section 4.2) or crop_and_resize."""
 
 from __future__ import annotations
 
@@ -9,50 +9,114 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from model.boxes import box_area
-from model.sparse_roi_align import is_available, sparse_roi_align
+from model.config import RoiConfig
+from model.weighted_cells import SamplePositions, has_sparse_product, weighted_cells
 
-SAMPLES_PER_SIDE = 2  # in every bin, so four samples a bin
+SAMPLES_PER_SIDE = 2  # in every bin of ROIAlign, so four samples a bin
 
 
-def pyramid_levels(boxes: Tensor, canonical_size: float) -> Tensor:
-    """Which of P2..P5 a region is cut from: floor(4 + log2(sqrt(area) / canonical_size)), FPN equation 1.
+def pyramid_levels(boxes: Tensor, config: RoiConfig, canvas: tuple[int, int]) -> Tensor:
+    """Which of P2..P5 a region is cut from: 4 + log2(sqrt(area) / canonical_size), FPN equation 1.
+
+    Rounded down; with crop_and_resize to the nearest, sides counted in shares of the canvas, as in the original.
 
     Args:
         boxes: (N, 4) xyxy in input pixels.
-        canonical_size: side of the region that belongs to P4, input pixels.
+        config: side of the region that belongs to P4, pooling.
+        canvas: rows and columns of the images.
 
     Returns:
         (N,) int64, 0 for P2 to 3 for P5; boxes without area belong to P2.
     """
+    if config.pooling == "crop_and_resize":
+        rows, columns = canvas
+        share = (boxes[:, 2] - boxes[:, 0]) / (columns - 1) * ((boxes[:, 3] - boxes[:, 1]) / (rows - 1))
+        side = (share.clamp(min=0) * (rows * columns)).sqrt().clamp(min=1e-6)
+        return torch.round(4 + torch.log2(side / config.canonical_size)).clamp(2, 5).long() - 2
     side = box_area(boxes).sqrt().clamp(min=1e-6)
-    return torch.floor(4 + torch.log2(side / canonical_size) + 1e-6).clamp(2, 5).long() - 2
+    return torch.floor(4 + torch.log2(side / config.canonical_size) + 1e-6).clamp(2, 5).long() - 2
 
 
 def pyramid_roi_align(
-    pyramid: Sequence[Tensor], boxes: Tensor, image_index: Tensor, pool_size: int, canonical_size: float
+    pyramid: Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    pool_size: int,
+    config: RoiConfig,
+    canvas: tuple[int, int],
 ) -> Tensor:
     """Features of every region on a fixed grid, each from the level that fits its size.
 
     Args:
-        pyramid: P2..P5 with strides 4, 8, 16, 32, each (B, channels, h, w).
-        boxes: (N, 4) xyxy in input pixels; N may be 0.
+        pyramid: P2..P5, each (B, channels, h, w); with strides 4, 8, 16, 32 unless pooling is crop_and_resize, which
+            counts in shares of the canvas.
+        boxes: (N, 4) xyxy in input pixels; N may be 0. No gradient reaches them.
         image_index: (N,) int64, which of the B images a box belongs to.
         pool_size: rows and columns of the grid.
-        canonical_size: see `pyramid_levels`.
+        config: pooling, canonical size.
+        canvas: rows and columns of the images.
 
     Returns:
-        (N, channels, pool_size, pool_size) float32: bilinear, `aligned` (half-pixel centres), four samples a bin.
+        (N, channels, pool_size, pool_size) float32.
     """
-    levels = pyramid_levels(boxes, canonical_size)
-    if is_available(boxes.device):
-        return sparse_roi_align(pyramid, boxes, image_index, levels, pool_size, SAMPLES_PER_SIDE)
+    levels = pyramid_levels(boxes, config, canvas)
+    exporting = torch.compiler.is_exporting()
+    if config.pooling == "crop_and_resize" or (has_sparse_product(boxes.device) and not exporting):
+        positions = _sample_positions(pyramid, boxes, levels, pool_size, config, canvas)
+        return weighted_cells(pyramid, positions, image_index, levels, pool_size)
     regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)  # (N, 5)
     output = pyramid[0].new_zeros(boxes.shape[0], pyramid[0].shape[1], pool_size, pool_size, dtype=torch.float32)
+    everything = torch.arange(boxes.shape[0], device=boxes.device)
     for level, features in enumerate(pyramid):
-        rows = torch.nonzero(levels == level).flatten()  # on a GPU a wait for the device
+        # On a GPU a wait for the device. An exported model has no sizes that depend on the data: all regions of each.
+        rows = everything if exporting else torch.nonzero(levels == level).flatten()
         # Also with no rows: every level then stays part of the graph, which data-parallel training relies on.
         pooled = roi_align(
-            features.float(), regions[rows], pool_size, 1.0 / (4 * 2**level), SAMPLES_PER_SIDE, aligned=True
+            features.float(),
+            regions[rows],
+            pool_size,
+            1.0 / (4 * 2**level),
+            SAMPLES_PER_SIDE,
+            aligned=config.pooling == "aligned",
         )
-        output = output.index_copy(0, rows, pooled)
+        if exporting:
+            output = torch.where((levels == level)[:, None, None, None], pooled, output)
+        else:
+            output = output.index_copy(0, rows, pooled)
     return output
+
+
+def _sample_positions(
+    pyramid: Sequence[Tensor],
+    boxes: Tensor,
+    levels: Tensor,
+    pool_size: int,
+    config: RoiConfig,
+    canvas: tuple[int, int],
+) -> SamplePositions:
+    """Where the features are read, in cells of the region's level; cell 0 has its centre at 0."""
+    starts, ends = boxes[:, [1, 0]], boxes[:, [3, 2]]  # (N, 2) down, across
+    if config.pooling == "crop_and_resize":
+        last_cell = torch.tensor([[level.shape[2] - 1, level.shape[3] - 1] for level in pyramid], device=boxes.device)
+        last_cell = last_cell[levels]
+        # Shares of the canvas, and TensorFlow's order of operations: whether a sample on the border counts hangs on it.
+        whole = boxes.new_tensor([canvas[0] - 1, canvas[1] - 1])
+        starts, ends = (starts / whole).float(), (ends / whole).float()
+        steps = torch.arange(pool_size, device=boxes.device)
+        down, across = _along(starts * last_cell, (ends - starts) * last_cell / (pool_size - 1), steps)
+        return SamplePositions(down, across, samples_per_side=1, reach=0)
+    stride = (4.0 * 2.0 ** levels.to(boxes.dtype))[:, None]
+    extent = (ends - starts) / stride
+    half_a_cell = 0.5
+    if config.pooling == "unaligned":
+        extent, half_a_cell = extent.clamp(min=1), 0.0
+    num_samples = pool_size * SAMPLES_PER_SIDE
+    steps = (torch.arange(num_samples, device=boxes.device) + 0.5) / num_samples
+    down, across = _along(starts / stride - half_a_cell, extent, steps)
+    return SamplePositions(down, across, SAMPLES_PER_SIDE, reach=1)
+
+
+def _along(starts: Tensor, extent: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions down and across, (N, S) each."""
+    positions = starts[..., None] + steps * extent[..., None]  # (N, 2, S)
+    return positions[:, 0], positions[:, 1]

@@ -15,10 +15,18 @@ class RegionProposalNetwork(nn.Module):
 
     def __init__(self, in_channels: int, config: RpnConfig, anchors_per_cell: int, anchor_stride: int) -> None:
         super().__init__()
-        self.shared = nn.Conv2d(in_channels, config.channels, 3, stride=anchor_stride, padding=1)
-        self.class_logits = nn.Conv2d(config.channels, 2 * anchors_per_cell, 1)
+        widths = [in_channels] + [config.channels] * config.num_convolutions
+        strides = [anchor_stride] + [1] * (config.num_convolutions - 1)
+        self.shared = nn.ModuleList(
+            [
+                nn.Conv2d(width, config.channels, 3, stride=stride, padding=1)
+                for width, stride in zip(widths[:-1], strides, strict=True)
+            ]
+        )
+        self.logits_per_anchor = 2 if config.objectness == "softmax" else 1
+        self.class_logits = nn.Conv2d(config.channels, self.logits_per_anchor * anchors_per_cell, 1)
         self.box_deltas = nn.Conv2d(config.channels, 4 * anchors_per_cell, 1)
-        for layer in (self.shared, self.class_logits, self.box_deltas):
+        for layer in (*self.shared, self.class_logits, self.box_deltas):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
@@ -31,14 +39,20 @@ class RegionProposalNetwork(nn.Module):
 
         Returns:
             (B, A, 2) float32 logits of background and object, and (B, A, 4) float32 deltas in units of `delta_scale`;
-            A in the order of `pyramid_anchors`: level, row, column, ratio.
+            A in the order of `pyramid_anchors`: level, row, column, ratio. With one logit an anchor that of background
+            is 0: the softmax of the two is then the sigmoid of the one.
         """
         logits, deltas = [], []
         for level in pyramid:
-            hidden = torch.relu(self.shared(level))
-            logits.append(_by_anchor(self.class_logits(hidden), 2))
+            hidden = level
+            for convolution in self.shared:
+                hidden = torch.relu(convolution(hidden))
+            logits.append(_by_anchor(self.class_logits(hidden), self.logits_per_anchor))
             deltas.append(_by_anchor(self.box_deltas(hidden), 4))
-        return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+        class_logits = torch.cat(logits, dim=1)
+        if self.logits_per_anchor == 1:
+            class_logits = torch.cat([torch.zeros_like(class_logits), class_logits], dim=2)
+        return class_logits, torch.cat(deltas, dim=1)
 
 
 def _by_anchor(x: Tensor, numbers: int) -> Tensor:

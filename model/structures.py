@@ -74,3 +74,7 @@ class Detections:
 
     def __len__(self) -> int:
         return self.scores.shape[0]
+
+    def where(self, wanted: Tensor) -> Detections:
+        """Those for which (N,) bool is true, in order."""
+        return Detections(**{f.name: getattr(self, f.name)[wanted] for f in fields(self)})

@@ -55,6 +55,7 @@ def draw_samples(
     num_positive_slots: int,
     num_negative_slots: int,
     num_samples: int,
+    positive_fraction: float | None = None,
 ) -> Samples:
     """Draw positives, and negatives up to `num_samples` in all.
 
@@ -66,6 +67,7 @@ def draw_samples(
         num_positive_slots: most positives an image.
         num_negative_slots: most negatives an image.
         num_samples: most rows an image.
+        positive_fraction: draw only as many negatives as keep this share of positives (none without positives).
     """
     draws = uniform_draws(random_keys, positive.shape[1], salt)
     num_positive_slots = min(num_positive_slots, positive.shape[1])
@@ -73,7 +75,10 @@ def draw_samples(
     positive_index = torch.where(positive, draws, -1.0).topk(num_positive_slots, dim=1).indices
     negative_index = torch.where(negative, draws, -1.0).topk(num_negative_slots, dim=1).indices
     positive_valid = positive.gather(1, positive_index)
-    room = num_samples - positive_valid.sum(dim=1, keepdim=True)  # (B, 1)
+    num_positives = positive_valid.sum(dim=1, keepdim=True)  # (B, 1)
+    room = num_samples - num_positives
+    if positive_fraction is not None:
+        room = (num_positives.float() * (1.0 / positive_fraction)).long() - num_positives
     slot = torch.arange(num_negative_slots, device=positive.device)
     negative_valid = negative.gather(1, negative_index) & (slot < room)
     return Samples(
@@ -138,7 +143,7 @@ def sample_regions(proposals: Tensor, proposals_valid: Tensor, batch: Batch, con
     Args:
         proposals: (B, K, 4) xyxy in input pixels.
         proposals_valid: (B, K) bool.
-        batch: ground truth; images may have no objects.
+        batch: ground truth, boxes in the frame of the proposals; images may have no objects.
         config: thresholds and counts.
     """
     boxes, valid = proposals, proposals_valid
@@ -160,6 +165,7 @@ def sample_regions(proposals: Tensor, proposals_valid: Tensor, batch: Batch, con
         num_positive_slots=num_positive_slots,
         num_negative_slots=num_regions - num_positive_slots,
         num_samples=num_regions,
+        positive_fraction=config.roi.positive_fraction if config.roi.fixed_ratio else None,
     )
     sampled_gt_index = matched_gt_index.gather(1, samples.index)
     is_positive = positive.gather(1, samples.index) & samples.valid

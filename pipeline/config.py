@@ -254,7 +254,7 @@ class ExperimentConfig(Config):
 
     @model_validator(mode="after")
     def _frozen_layers_keep_their_statistics(self) -> Self:
-        if self.train.trainable_layers != "all" and self.model.backbone.norm != "frozen":
+        if self.train.trainable_layers != "all" and self.model.backbone.norm == "batch":
             raise ValueError(
                 f"train.trainable_layers {self.train.trainable_layers} needs model.backbone.norm frozen: "
                 "layers that do not learn must not change by their statistics either"

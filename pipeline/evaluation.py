@@ -89,10 +89,12 @@ def _predict(
     with autocast(dtype, device.type):
         found = model.detect(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.tensor(sizes).to(device))
     for values, size, detections in zip(group, sizes, found, strict=True):
-        yield values, to_original(detections, size, (values["height"], values["width"]))
+        yield values, to_original(detections, size, (values["height"], values["width"]), model.config)
 
 
-def coco_results(values: dict[str, Any], detections: Detections, manifest: Manifest) -> list[Json]:
+def coco_results(
+    values: dict[str, Any], detections: Detections, manifest: Manifest, whole_pixels: bool = False
+) -> list[Json]:
     """Detections of one row as COCO results, keyed by row and class.
 
     Classes that the row's data set has not labelled are left out: nobody can say whether they are right.
@@ -101,9 +103,10 @@ def coco_results(values: dict[str, Any], detections: Detections, manifest: Manif
         values: the row.
         detections: in original pixels.
         manifest: of the data set.
+        whole_pixels: see `model.masks.paste_masks_in_boxes`.
     """
     active = set(manifest.sources[values["source"]].active_class_ids)
-    segmentations = encode_detections(detections, values["height"], values["width"])
+    segmentations = encode_detections(detections, values["height"], values["width"], whole_pixels)
     boxes, scores, classes = detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist()
     return [
         {
@@ -152,7 +155,7 @@ def evaluate_rows(
                 values["height"],
                 values["width"],
                 ground_truth(values),
-                coco_results(values, detections, shards.manifest),
+                coco_results(values, detections, shards.manifest, model.config.detections.whole_pixels),
             )
             for values, detections in predict_rows(model, shards, rows, batch_size, dtype)
         ]

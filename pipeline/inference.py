@@ -61,11 +61,11 @@ class Predictor:
         sizes = torch.tensor([[image_height, image_width]], device=device)
         with autocast(autocast_dtype(self.precision, device.type), device.type):
             found = self.model.detect(images.to(device), sizes)[0]
-        return to_original(found, (image_height, image_width), (height, width))
+        return to_original(found, (image_height, image_width), (height, width), self.model.config)
 
     def masks(self, detections: Detections, height: int, width: int) -> npt.NDArray[np.bool_]:
         """Bitmaps (N, height, width) of detections in an image of this size; N may be 0."""
-        return paste_masks(detections, height, width)
+        return paste_masks(detections, height, width, self.model.config.detections.whole_pixels)
 
 
 def load(

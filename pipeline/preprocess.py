@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from model.resize import resize_bilinear
+
+ResizeMethod = Literal["antialiased", "original"]
 UInt8Array = npt.NDArray[np.uint8]
 
 
@@ -89,11 +92,32 @@ def choose_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) 
     )
 
 
-def resize_image(image: UInt8Array, height: int, width: int) -> UInt8Array:
-    """Resize (H, W, 3) uint8 to (height, width, 3), bilinear with anti-aliasing."""
+def resize_image(image: UInt8Array, height: int, width: int, method: ResizeMethod = "antialiased") -> UInt8Array:
+    """Resize (H, W, 3) uint8 to (height, width, 3), bilinear.
+
+    Args:
+        image: (H, W, 3).
+        height: rows wanted.
+        width: columns wanted.
+        method: antialiased, as Pillow does it; or original, as `model.resize` says, fractions cut off.
+    """
     if image.shape[:2] == (height, width):
         return image
+    if method == "original":
+        return resize_bilinear(image, height, width).astype(np.uint8)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def minimise_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
+    """Mini mask of the original: (h, w) inside its box to (size, size), exact no more.
+
+    Raises:
+        ValueError: a mask without pixels.
+    """
+    if mask.size == 0:
+        raise ValueError("a mask without pixels has no mini mask")
+    # NumPy rounds a half to the even neighbour, 0, as the original does.
+    return np.around(resize_bilinear(mask, size, size)).astype(bool)
 
 
 def rasterise(segmentation: Any, height: int, width: int) -> npt.NDArray[np.bool_]:

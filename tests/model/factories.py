@@ -19,13 +19,13 @@ from model.config import (
     FpnConfig,
     MaskHeadConfig,
     ModelConfig,
+    NormKind,
     RoiConfig,
     RpnConfig,
 )
 from model.structures import Batch
 
 Bitmap = npt.NDArray[np.bool_]
-NormKind = Literal["batch", "frozen", "group", "none"]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@ import torch
 from torch import nn
 
 from model.box_head import BoxHead
-from model.config import BoxHeadConfig
-from model.norm import NormKind, RowBatchNorm
+from model.config import BoxHeadConfig, NormConfig, NormKind
+from model.norm import RowBatchNorm
 
 
 def make_head(norm: NormKind, channels: int = 16) -> BoxHead:
     torch.manual_seed(0)
-    return BoxHead(4, 3, BoxHeadConfig(channels=channels, norm=norm))
+    return BoxHead(4, 3, BoxHeadConfig(channels=channels, norm=norm), NormConfig())
 
 
 def test_equals_the_convolutions_it_is_described_by() -> None:
@@ -17,7 +17,8 @@ def test_equals_the_convolutions_it_is_described_by() -> None:
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.1)
     regions = torch.randn(5, 4, 7, 7)
-    hidden = torch.relu(head.convolution_2(torch.relu(head.convolution_1(regions))))
+    first, second = head.convolutions
+    hidden = torch.relu(second(torch.relu(first(regions))))
     assert hidden.shape == (5, 16, 1, 1)
     hidden = hidden[:, :, 0, 0]
     logits, deltas = head(regions)
@@ -65,7 +66,8 @@ def test_padded_rows_stay_out_of_the_statistics() -> None:
     logits, deltas = padded(regions, valid)
     expected = compact(regions[valid])
     torch.testing.assert_close((logits[valid], deltas[valid]), expected)
-    for a, b in ((padded.norm_1, compact.norm_1), (padded.norm_2, compact.norm_2)):
+    assert len(padded.norms) == 2
+    for a, b in zip(padded.norms, compact.norms, strict=True):
         assert isinstance(a, RowBatchNorm)
         assert isinstance(b, RowBatchNorm)
         torch.testing.assert_close(a.running_mean, b.running_mean)

@@ -108,18 +108,20 @@ def test_encode_of_empty_slots_is_finite(empty_is_reference: bool) -> None:
     assert deltas.isfinite().all()
 
 
-def test_clip_by_hand_to_height_and_width() -> None:
+def test_clip_by_hand() -> None:
     boxes = torch.tensor([[-5.0, -5, 10, 10], [15, 25, 50, 60], [60, 70, 80, 90]])
-    # 30 high and 20 wide: x is limited by 20, y by 30; the last box lies outside and loses its area.
+    # x is limited by 20, y by 30; the last box lies outside and loses its area.
     expected = torch.tensor([[0.0, 0, 10, 10], [15, 25, 20, 30], [20, 30, 20, 30]])
-    torch.testing.assert_close(clip_boxes(boxes, torch.tensor([30, 20])), expected)
+    torch.testing.assert_close(clip_boxes(boxes, torch.tensor([0, 0, 20, 30])), expected)
+    moved = clip_boxes(boxes + 7, torch.tensor([7, 7, 27, 37]))
+    torch.testing.assert_close(moved, expected + 7)
 
 
 def test_clip_of_a_batch_equals_clip_of_each_image() -> None:
     boxes = random_boxes(10, 3).reshape(2, 5, 4)
-    sizes = torch.tensor([[60, 90], [120, 30]])
-    expected = torch.stack([clip_boxes(boxes[0], sizes[0]), clip_boxes(boxes[1], sizes[1])])
-    torch.testing.assert_close(clip_boxes(boxes, sizes), expected)
+    windows = torch.tensor([[0, 0, 90, 60], [10, 5, 30, 120]])
+    expected = torch.stack([clip_boxes(boxes[0], windows[0]), clip_boxes(boxes[1], windows[1])])
+    torch.testing.assert_close(clip_boxes(boxes, windows), expected)
     assert not torch.equal(expected, boxes)
 
 
@@ -130,8 +132,8 @@ def test_nothing_in_nothing_out() -> None:
     assert pairwise_iou(some, none).shape == (3, 0)
     assert encode_boxes(none, none, SCALE).shape == (0, 4)
     assert decode_boxes(none, none, SCALE).shape == (0, 4)
-    assert clip_boxes(none, torch.tensor([5, 5])).shape == (0, 4)
-    assert clip_boxes(torch.zeros(2, 0, 4), torch.tensor([[5, 5], [6, 6]])).shape == (2, 0, 4)
+    assert clip_boxes(none, torch.tensor([0, 0, 5, 5])).shape == (0, 4)
+    assert clip_boxes(torch.zeros(2, 0, 4), torch.tensor([[0, 0, 5, 5], [0, 0, 6, 6]])).shape == (2, 0, 4)
 
 
 def test_generalized_iou_by_hand_and_as_torchvision_has_it() -> None:

@@ -2,12 +2,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.config import FpnConfig, NormConfig
 from model.fpn import FeaturePyramid
 
 
 def transparent_pyramid() -> FeaturePyramid:
     """One channel in and out, 1x1 and 3x3 convolutions that change nothing."""
-    fpn = FeaturePyramid([1, 1, 1, 1], 1)
+    fpn = FeaturePyramid([1, 1, 1, 1], FpnConfig(channels=1), NormConfig())
     with torch.no_grad():
         for module in fpn.modules():
             if isinstance(module, nn.Conv2d):
@@ -52,7 +53,7 @@ def test_p6_of_an_odd_p5() -> None:
 
 
 def test_channels_of_every_level() -> None:
-    fpn = FeaturePyramid([4, 8, 16, 32], 12)
+    fpn = FeaturePyramid([4, 8, 16, 32], FpnConfig(channels=12), NormConfig())
     pyramid = fpn([torch.randn(2, c, s, s) for c, s in ((4, 16), (8, 8), (16, 4), (32, 2))])
     assert [tuple(p.shape) for p in pyramid] == [(2, 12, s, s) for s in (16, 8, 4, 2, 1)]
     # The bias of the laterals is zero at the start, so silence stays silence.

@@ -2,14 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import MaskHeadConfig
+from model.config import MaskHeadConfig, NormConfig, NormKind
 from model.mask_head import MaskHead
-from model.norm import NormKind
 
 
 def make_head(norm: NormKind = "none") -> MaskHead:
     torch.manual_seed(0)
-    return MaskHead(4, 3, MaskHeadConfig(channels=8, num_convolutions=2, norm=norm))
+    return MaskHead(4, 3, MaskHeadConfig(channels=8, num_convolutions=2, norm=norm), NormConfig())
 
 
 def test_a_mask_has_twice_the_side_of_the_grid() -> None:
@@ -37,7 +36,7 @@ def test_only_the_class_of_a_region_is_trained() -> None:
 
 def test_rows_and_columns_keep_their_place() -> None:
     # 1x1 kernels in the middle, ones in the transposed convolution: the mask is the grid with every cell doubled.
-    head = MaskHead(1, 2, MaskHeadConfig(channels=1, num_convolutions=1, norm="none"))
+    head = MaskHead(1, 2, MaskHeadConfig(channels=1, num_convolutions=1, norm="none"), NormConfig())
     with torch.no_grad():
         for layer in (*head.convolutions, head.mask_logits):
             assert isinstance(layer, nn.Conv2d)

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.boxes import encode_boxes, pairwise_iou
-from model.config import ModelConfig, RoiConfig
+from model.canvas import image_windows
+from model.config import ModelConfig, NormKind, RoiConfig
 from model.losses import LOSS_NAMES
 from model.mask_rcnn import MaskRCNN
-from model.masks import crop_mask_targets, paste_masks
+from model.mask_targets import crop_mask_targets
+from model.masks import paste_masks
 from model.structures import Batch, Detections
 from tests.model.factories import (
-    NormKind,
     Scene,
     Thing,
     ellipse,
@@ -134,7 +135,7 @@ class TestTraining:
         config = config.model_copy(
             update={
                 "roi": RoiConfig(rois_per_image=16, add_ground_truth=False),
-                "detections": config.detections.model_copy(update={"min_size": 1000.0}),
+                "rpn": config.rpn.model_copy(update={"min_size": 1000.0}),
             }
         )
         model = make_model(config).train()
@@ -189,7 +190,7 @@ class TestTraining:
         proposals = torch.stack(
             [batch.boxes[0, 1] + 3, batch.boxes[0, 0] + torch.tensor([2.0, -1, 4, 1]), torch.tensor([40.0, 0, 60, 15])]
         )
-        monkeypatch.setattr(model, "_propose", lambda *_: (proposals[None], torch.ones(1, 3, dtype=torch.bool)))
+        monkeypatch.setattr(model, "propose", lambda *_: (proposals[None], torch.ones(1, 3, dtype=torch.bool)))
         with torch.no_grad():  # heads that predict the same everywhere: no change of the box, and logits of 2
             for layer in (model.box_head.box_deltas, model.mask_head.mask_logits):
                 assert layer.bias is not None
@@ -201,7 +202,8 @@ class TestTraining:
         expected = F.smooth_l1_loss(torch.zeros(2, 4), target_deltas, reduction="sum") / 3  # regions
         torch.testing.assert_close(losses["mrcnn_bbox_loss"], expected)
         zero = torch.zeros(2, dtype=torch.int64)
-        masks = crop_mask_targets(batch, zero, torch.tensor([1, 0]), proposals[:2], 28)
+        windows = image_windows(batch.image_sizes, (64, 64), "top_left")
+        masks = crop_mask_targets(batch, windows, zero, torch.tensor([1, 0]), proposals[:2], 28, "thresholded")
         expected = F.binary_cross_entropy_with_logits(torch.full((2, 28, 28), 2.0), masks)
         torch.testing.assert_close(losses["mrcnn_mask_loss"], expected)
 
@@ -233,7 +235,7 @@ class TestTraining:
         batch = make_batch(scenes()[:2])
         shift = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0)) * 3
         proposals = (batch.boxes[:, :2].repeat(1, 10, 1) + shift).clamp(min=0, max=64)
-        monkeypatch.setattr(model, "_propose", lambda *_: (proposals, torch.ones(2, 20, dtype=torch.bool)))
+        monkeypatch.setattr(model, "propose", lambda *_: (proposals, torch.ones(2, 20, dtype=torch.bool)))
         history = train(model, batch, steps=30)
         for name, before, after in zip(LOSS_NAMES, history[0], history[-3:].mean(dim=0), strict=True):
             assert after < 0.6 * before, f"{name}: {before} to {after}"
@@ -302,7 +304,7 @@ class TestDetection:
 
     def test_nothing_proposed(self) -> None:
         config = tiny_config()
-        config = config.model_copy(update={"detections": config.detections.model_copy(update={"min_size": 1000.0})})
+        config = config.model_copy(update={"rpn": config.rpn.model_copy(update={"min_size": 1000.0})})
         model, batch = make_model(config).eval(), self.batch()
         assert [len(found) for found in model.detect(batch.images, batch.image_sizes)] == [0, 0, 0]
 
@@ -325,20 +327,22 @@ class TestDetection:
 class TestAnchors:
     def test_they_are_kept_for_each_canvas(self) -> None:
         model = make_model()
-        small, large = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 128)
+        small, large = (64, 64), (64, 128)
         levels = {64: [torch.zeros(1, 1, s, s) for s in (16, 8, 4, 2, 1)]}
         levels[128] = [torch.zeros(1, 1, s, 2 * s) for s in (16, 8, 4, 2, 1)]
         first = model.anchors(small, levels[64])
-        assert first.shape == ((256 + 64 + 16 + 4 + 1) * 3, 4)
-        assert model.anchors(large, levels[128]).shape == (2 * (256 + 64 + 16 + 4 + 1) * 3, 4)
+        assert [tuple(level.shape) for level in first] == [(3 * cells, 4) for cells in (256, 64, 16, 4, 1)]
+        wide = model.anchors(large, levels[128])
+        assert [tuple(level.shape) for level in wide] == [(2 * 3 * cells, 4) for cells in (256, 64, 16, 4, 1)]
         assert model.anchors(small, levels[64]) is first
 
     def test_as_many_as_the_network_scores(self) -> None:
         model = make_model()
         for height, width in ((64, 64), (32, 96), (96, 160)):
             images = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-            pyramid = model.features(images, torch.tensor([[height, width]]))
-            assert model.rpn(pyramid)[0].shape[1] == model.anchors(images, pyramid).shape[0]
+            pyramid = model.features(images, torch.tensor([[0, 0, width, height]]))
+            anchors = torch.cat(model.anchors((height, width), pyramid))
+            assert model.rpn(pyramid)[0].shape[1] == anchors.shape[0]
 
 
 def test_pixels_are_normalised_with_mean_and_standard_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +355,7 @@ def test_pixels_are_normalised_with_mean_and_standard_deviation(monkeypatch: pyt
         return [torch.zeros(1, c, 64 // s, 64 // s) for c, s in zip((64, 128, 256, 512), (4, 8, 16, 32), strict=True)]
 
     monkeypatch.setattr(model.backbone, "forward", look)
-    model.features(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8), torch.tensor([[40, 50]]))
+    model.features(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8), torch.tensor([[0, 0, 50, 40]]))
     # 255 is 1: (1 - 0.5) / 0.5, (1 - 0.25) / 0.25, (1 - 0) / 1; zero, the mean, outside of the image.
     expected = torch.zeros(1, 3, 64, 64)
     expected[:, :, :40, :50] = torch.tensor([1.0, 3.0, 1.0])[:, None, None]

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,134 +8,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import roi_align
 
-from model.masks import (
-    crop_mask_targets,
-    encode_detections,
-    expand_boxes,
-    paste_masks,
-    paste_masks_in_boxes,
-    run_lengths,
-)
-from model.structures import Batch, Detections
-from tests.model.factories import Bitmap, Scene, Thing, ellipse, make_batch, noise_image, rectangle, tight_box
-
-
-def blob(generator: np.random.Generator, height: int, width: int) -> Bitmap:
-    """Smooth-edged random shape somewhere in the image, often on its border."""
-    w, h = generator.integers(6, width), generator.integers(6, height)
-    x, y = generator.integers(-w // 3, width - w // 2), generator.integers(-h // 3, height - h // 2)
-    bitmap = ellipse((int(x), int(y), int(x + w), int(y + h)), height, width)
-    if generator.random() < 0.5:
-        bitmap &= generator.random((height, width)) < 0.8
-    if not bitmap.any():
-        bitmap[height // 2, width // 2] = True
-    return bitmap
-
-
-def regions_near(box: Tensor, height: int, width: int, num: int, generator: np.random.Generator) -> Tensor:
-    """Random boxes around a box, clipped to the image: also its whole width or height."""
-    size = (box[2:] - box[:2]).repeat(2)
-    noise = torch.from_numpy(generator.normal(0, 0.25, (num, 4))).float()
-    regions = box + noise * size
-    corners = torch.stack(
-        [
-            regions[:, [0, 2]].amin(1),
-            regions[:, [1, 3]].amin(1),
-            regions[:, [0, 2]].amax(1),
-            regions[:, [1, 3]].amax(1),
-        ],
-        1,
-    )
-    limit = torch.tensor([width, height, width, height]).float()
-    return torch.minimum(corners.clamp(min=0), limit)
-
-
-def reference_cells(bitmap: Bitmap, regions: Tensor, size: int) -> Tensor:
-    """ROIAlign on the full bitmap: regions in original pixels, values before the threshold."""
-    full = torch.from_numpy(bitmap).double()[None, None]
-    cells: Tensor = roi_align(full, [regions.double()], size, 1.0, sampling_ratio=2, aligned=True)[:, 0]
-    return cells
-
-
-class TestCropMaskTargets:
-    @pytest.mark.parametrize("scale", [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (1.6, 0.8)])
-    @pytest.mark.parametrize("size", [28, 7])
-    def test_equals_roi_align_on_the_full_bitmap(self, scale: tuple[float, float], size: int) -> None:
-        generator = np.random.default_rng(0)
-        original_height, original_width = 40, 60
-        height, width = round(original_height * scale[1]), round(original_width * scale[0])
-        factor = torch.tensor([width / original_width, height / original_height] * 2)
-        bitmaps = [[blob(generator, original_height, original_width) for _ in range(12)] for _ in range(2)]
-        bitmaps[0][0] = rectangle((0, 0, 9, 7), original_height, original_width)  # in the corner
-        bitmaps[1][0] = rectangle((50, 30, 60, 40), original_height, original_width)  # in the other one
-        bitmaps[0][1] = np.ones((original_height, original_width), dtype=bool)
-        scenes = [Scene(noise_image(height, width), tuple(Thing(b) for b in row)) for row in bitmaps]
-        batch = make_batch(scenes, slots=14, canvas=128)
-        different = compared = ones = 0
-        for b in range(2):
-            for g, bitmap in enumerate(bitmaps[b]):
-                regions = regions_near(batch.boxes[b, g], height, width, 8, generator)
-                regions = torch.cat([regions, batch.boxes[b, g][None]])
-                rows = torch.ones(len(regions), dtype=torch.int64)
-                targets = crop_mask_targets(batch, rows * b, rows * g, regions, size)
-                cells = reference_cells(bitmap, regions / factor, size)
-                # A cell that lies at one half may fall to either side, for rounding.
-                clear = (cells - 0.5).abs() > 1e-4
-                torch.testing.assert_close(targets[clear], (cells >= 0.5).float()[clear], rtol=0, atol=0)
-                different += int((~clear).sum())
-                compared += cells.numel()
-                ones += int(targets.sum())
-        assert compared == 2 * 12 * 9 * size * size
-        assert different < 0.03 * compared
-        assert 0.2 * compared < ones < 0.9 * compared
-
-    def test_by_hand(self) -> None:
-        bitmap = np.zeros((4, 6), dtype=bool)
-        bitmap[1:3, 1:5] = [[True, True, True, True], [True, True, False, False]]
-        batch = make_batch([Scene(noise_image(4, 6), (Thing(bitmap),))])
-        assert batch.boxes[0, 0].tolist() == [1, 1, 5, 3]
-        zero = torch.tensor([0])
-        # A cell is two columns wide and one row high. Its samples lie in the middle of the columns, but a quarter row
-        # off the middle of the rows: the cells hold 0.875, 0.75 / 0.875, 0.125.
-        targets = crop_mask_targets(batch, zero, zero, torch.tensor([[1.0, 1, 5, 3]]), 2)
-        torch.testing.assert_close(targets, torch.tensor([[[1.0, 1], [1, 0]]]))
-
-    def test_regions_far_from_the_object_are_empty(self) -> None:
-        batch = make_batch([Scene(noise_image(64, 64), (Thing(rectangle((5, 5, 20, 20), 64, 64)),))])
-        zero = torch.tensor([0])
-        assert not crop_mask_targets(batch, zero, zero, torch.tensor([[30.0, 30, 50, 60]]), 28).any()
-        assert crop_mask_targets(batch, zero, zero, torch.tensor([[7.0, 7, 18, 18]]), 28).all()
-
-    def test_each_object_is_read_at_its_offset(self) -> None:
-        # Widths that do not fill bytes; the second object of the second image starts in the middle of the buffer.
-        things = [Thing(rectangle((0, 0, 3, 3), 64, 64)), Thing(ellipse((10, 10, 33, 41), 64, 64))]
-        scenes = [Scene(noise_image(64, 64), tuple(things)), Scene(noise_image(64, 64), tuple(reversed(things)))]
-        batch = make_batch(scenes)
-        regions = torch.tensor([[10.0, 10, 33, 41]] * 2)
-        a = crop_mask_targets(batch, torch.tensor([0, 1]), torch.tensor([1, 0]), regions, 28)
-        torch.testing.assert_close(a[0], a[1])
-        assert 0.7 < a.mean() < 0.85  # pi / 4
-
-    def test_no_regions_and_no_masks(self) -> None:
-        none = torch.zeros(0, dtype=torch.int64)
-        empty = make_batch([Scene(noise_image(64, 64))])
-        assert empty.mask_bits.shape == (0,)
-        assert crop_mask_targets(empty, none, none, torch.zeros(0, 4), 28).shape == (0, 28, 28)
-        # On a GPU all slots take part, also when no image of the batch has an object.
-        zeros = torch.zeros(3, dtype=torch.int64)
-        targets = crop_mask_targets(empty, zeros, zeros, torch.tensor([[0.0, 0, 9, 9]] * 3), 28)
-        torch.testing.assert_close(targets, torch.zeros(3, 28, 28))
-
-    def test_empty_slots_beside_objects_are_harmless(self) -> None:
-        batch = make_batch([Scene(noise_image(64, 64), (Thing(rectangle((5, 5, 20, 20), 64, 64)),))])
-        index = torch.tensor([0, 0, 0])
-        slots = torch.tensor([0, 1, 3])
-        regions = torch.tensor([[5.0, 5, 20, 20], [0, 0, 0, 0], [5, 5, 20, 20]])
-        targets = crop_mask_targets(batch, index, slots, regions, 28)
-        assert targets[0].all()
-        assert not targets[1:].any()
+from model.masks import encode_detections, expand_boxes, paste_masks, paste_masks_in_boxes, run_lengths
+from model.structures import Detections
+from tests.model.factories import Bitmap, rectangle
 
 
 def detections_of(boxes: list[list[float]], masks: Tensor) -> Detections:
@@ -278,15 +153,3 @@ def test_encode_detections_equals_pycocotools_on_the_pasted_bitmaps() -> None:
             assert rle == coco_encode(bitmap)
             visited += int(bitmap.any())
     assert visited > 150
-
-
-def test_moving_a_batch_keeps_the_targets() -> None:
-    # The bits stay as they are when objects are scaled: only the boxes move.
-    batch = make_batch([Scene(noise_image(64, 64), (Thing(ellipse((6, 9, 40, 50), 64, 64)),))])
-    half: Batch = replace(
-        batch, boxes=batch.boxes / 2, mask_boxes=batch.mask_boxes / 2, image_sizes=batch.image_sizes // 2
-    )
-    zero, regions = torch.tensor([0]), torch.tensor([[5.3, 11.2, 41.7, 44.9]])
-    a = crop_mask_targets(batch, zero, zero, regions, 28)
-    assert tight_box(ellipse((6, 9, 40, 50), 64, 64)) == (6, 9, 40, 50)
-    torch.testing.assert_close(a, crop_mask_targets(half, zero, zero, regions / 2, 28))

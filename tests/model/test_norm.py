@@ -3,7 +3,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from model.norm import NormKind, RowBatchNorm, apply_norm, make_norm
+from model.config import NormKind
+from model.norm import RowBatchNorm, apply_norm, make_norm
 
 CHANNELS = 6
 

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from model.config import BoxHeadConfig, DetectionConfig
+from model.config import BoxHeadConfig, DetectionConfig, ModelConfig
 from model.postprocess import select_detections, to_original
 from model.structures import Detections
 
-SIZE = torch.tensor([60, 80])  # 60 high, 80 wide
+WINDOW = torch.tensor([0, 0, 80, 60])
 
 
 def logits_for(probabilities: list[list[float]]) -> Tensor:
@@ -16,7 +16,7 @@ def logits_for(probabilities: list[list[float]]) -> Tensor:
 
 
 def select(logits: Tensor, deltas: Tensor, proposals: Tensor, **config: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return select_detections(logits, deltas, proposals, SIZE, BoxHeadConfig(), DetectionConfig(**config))
+    return select_detections(logits, deltas, proposals, WINDOW, BoxHeadConfig(), DetectionConfig(**config))
 
 
 def test_by_hand() -> None:
@@ -114,7 +114,7 @@ class TestToOriginal:
     def test_by_hand(self) -> None:
         # 60 x 80 input pixels show an image of 120 x 240: factors 2 and 3.
         found = self.detections([[10, 20, 30, 40], [0, 0, 80, 60]])
-        moved = to_original(found, (60, 80), (120, 240))
+        moved = to_original(found, (60, 80), (120, 240), ModelConfig())
         torch.testing.assert_close(moved.boxes, torch.tensor([[30.0, 40, 90, 80], [0, 0, 240, 120]]))
         torch.testing.assert_close(moved.scores, found.scores)
         torch.testing.assert_close(moved.classes, found.classes)
@@ -122,8 +122,8 @@ class TestToOriginal:
 
     def test_the_same_size_changes_nothing_and_clips(self) -> None:
         found = self.detections([[10, 20, 30, 40], [-3, 5, 90, 70]])
-        moved = to_original(found, (60, 80), (60, 80))
+        moved = to_original(found, (60, 80), (60, 80), ModelConfig())
         torch.testing.assert_close(moved.boxes, torch.tensor([[10.0, 20, 30, 40], [0, 5, 80, 60]]))
 
     def test_no_detections(self) -> None:
-        assert to_original(self.detections([]), (60, 80), (120, 240)).boxes.shape == (0, 4)
+        assert to_original(self.detections([]), (60, 80), (120, 240), ModelConfig()).boxes.shape == (0, 4)

@@ -13,7 +13,8 @@ def transparent_rpn(anchor_stride: int = 1) -> RegionProposalNetwork:
     """One channel; the logits and deltas of an anchor repeat the feature under it."""
     rpn = RegionProposalNetwork(1, RpnConfig(channels=1), 3, anchor_stride)
     with torch.no_grad():
-        for layer in (rpn.shared, rpn.class_logits, rpn.box_deltas):
+        for layer in (*rpn.shared, rpn.class_logits, rpn.box_deltas):
+            assert isinstance(layer, nn.Conv2d)
             layer.weight.zero_()
             side = layer.kernel_size[0] // 2
             layer.weight[:, :, side, side] = 1.0
@@ -21,7 +22,7 @@ def transparent_rpn(anchor_stride: int = 1) -> RegionProposalNetwork:
 
 
 def test_row_of_the_output_is_the_row_of_the_anchor() -> None:
-    anchors = pyramid_anchors(CONFIG, SIZES)
+    anchors = torch.cat(pyramid_anchors(CONFIG, SIZES, (32, 48)))
     rpn = transparent_rpn()
     visited = 0
     for level, (height, width) in enumerate(SIZES):
@@ -60,7 +61,7 @@ def test_anchor_stride_gives_as_many_outputs_as_anchors() -> None:
     for size in [(5, 7), (4, 6), (1, 1)]:
         feature = torch.arange(1.0, size[0] * size[1] + 1).reshape(1, 1, *size)
         logits, _ = rpn([feature])
-        anchors = level_anchors([8], CONFIG.ratios, size, stride=4, anchor_stride=2)
+        anchors = level_anchors([8], CONFIG.ratios, size, stride=(4, 4), anchor_stride=2)
         assert logits.shape[1] == len(anchors)
         centre = ((anchors[:, :2] + anchors[:, 2:]) / 2 / 4).round().long()
         torch.testing.assert_close(logits[0, :, 1], feature[0, 0, centre[:, 1], centre[:, 0]])
@@ -69,7 +70,9 @@ def test_anchor_stride_gives_as_many_outputs_as_anchors() -> None:
 def test_alone_equals_batched() -> None:
     torch.manual_seed(0)
     rpn = RegionProposalNetwork(4, RpnConfig(channels=8), 3, 1)
-    assert all(isinstance(layer, nn.Conv2d) for layer in rpn.children())
+    layers = [*rpn.shared, rpn.class_logits, rpn.box_deltas]
+    assert all(isinstance(layer, nn.Conv2d) for layer in layers)
+    assert {id(p) for layer in layers for p in layer.parameters()} == {id(p) for p in rpn.parameters()}  # no norm
     pyramid = [torch.randn(2, 4, *size) for size in SIZES]
     logits, deltas = rpn(pyramid)
     for image in range(2):

@@ -33,7 +33,7 @@ def test_average_follows_the_formula() -> None:
     for name, value in averaged.state_dict().items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
     assert any("num_batches_tracked" in name for name in expected)
-    assert not torch.equal(averaged.rpn.shared.weight, model.rpn.shared.weight)
+    assert not torch.equal(averaged.rpn.box_deltas.weight, model.rpn.box_deltas.weight)
 
 
 def test_the_copy_is_apart_and_does_not_learn() -> None:
@@ -42,5 +42,5 @@ def test_the_copy_is_apart_and_does_not_learn() -> None:
     assert not any(parameter.requires_grad for parameter in averaged.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
-        model.rpn.shared.weight.add_(1.0)
-    assert not torch.equal(averaged.rpn.shared.weight, model.rpn.shared.weight)
+        model.rpn.box_deltas.weight.add_(1.0)
+    assert not torch.equal(averaged.rpn.box_deltas.weight, model.rpn.box_deltas.weight)

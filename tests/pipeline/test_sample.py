@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from model.masks import crop_mask_targets
+from model.canvas import image_windows
+from model.mask_targets import crop_mask_targets
 from model.structures import Batch
 from pipeline.augment import flip
 from pipeline.preprocess import pack_mask
@@ -46,6 +47,13 @@ def sample_with(folder: Path, bitmaps: Sequence[Bitmap], seed: int = 0, size: tu
 def ellipses(number: int, seed: int, size: tuple[int, int] = (48, 64)) -> list[Bitmap]:
     rng = np.random.default_rng(seed)
     return [bitmap_of([ellipse_polygon(rng, *size)], *size) for _ in range(number)]
+
+
+def targets_of(
+    batch: Batch, image_index: torch.Tensor, gt_index: torch.Tensor, regions: torch.Tensor, size: int
+) -> torch.Tensor:
+    windows = image_windows(batch.image_sizes, (batch.images.shape[2], batch.images.shape[3]), "top_left")
+    return crop_mask_targets(batch, windows, image_index, gt_index, regions, size, "thresholded")
 
 
 def test_row_becomes_a_sample_by_hand() -> None:
@@ -121,7 +129,7 @@ def test_images_without_objects_make_a_batch(tmp_path: Path) -> None:
     assert not batch.mask_sizes.any()
     assert batch.mask_bits.numel() > 0  # an index into it is always legal
     nothing = torch.zeros(0, dtype=torch.int64)
-    assert crop_mask_targets(batch, nothing, nothing, torch.zeros(0, 4), 28).shape == (0, 28, 28)
+    assert targets_of(batch, nothing, nothing, torch.zeros(0, 4), 28).shape == (0, 28, 28)
 
 
 def test_types_are_those_of_the_batch(tmp_path: Path) -> None:
@@ -159,8 +167,8 @@ def test_alone_is_the_same_as_in_a_batch(tmp_path: Path) -> None:
         number = int((alone.classes > 0).sum())
         slot, where = torch.arange(number), torch.full((number,), index)
         torch.testing.assert_close(
-            crop_mask_targets(together, where, slot, together.boxes[index, :number], 28),
-            crop_mask_targets(alone, torch.zeros_like(where), slot, alone.boxes[0, :number], 28),
+            targets_of(together, where, slot, together.boxes[index, :number], 28),
+            targets_of(alone, torch.zeros_like(where), slot, alone.boxes[0, :number], 28),
             rtol=0,
             atol=0,
         )
@@ -216,7 +224,7 @@ def test_mask_targets_are_those_of_the_full_bitmap(tmp_path: Path, flips: tuple[
                 sampling_ratio=2,
                 aligned=True,
             )[:, 0]
-            found = crop_mask_targets(batch, torch.full((6,), index), torch.full((6,), slot), regions, size)
+            found = targets_of(batch, torch.full((6,), index), torch.full((6,), slot), regions, size)
             sure = (averages - 0.5).abs() > 1e-4
             torch.testing.assert_close(found[sure], (averages >= 0.5).float()[sure], rtol=0, atol=0)
             unequal += int((~sure).sum())

@@ -1,92 +1,107 @@
-"""ROIAlign on a CPU as a product with a sparse matrix; several times faster than the operator, backward above all.
+"""Pooling of regions as a weighted sum of cells; on a CPU a product with a sparse matrix.
 
-ROIAlign is linear in the features: every bin is a weighted sum of 16 cells (four samples, four corners each). The
-weights stand in one CSR matrix, rows the bins of all regions and columns the cells of all levels and images, so that
-forward is one product and backward one with the transpose.
+ROIAlign is linear in the features: every bin is a weighted sum of cells (four corners a sample). The weights stand in
+one CSR matrix, rows the bins of all regions and columns the cells of all levels and images, so that forward is one
+product and backward one with the transpose: several times faster than the operator, backward above all.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether this device and this build of torch multiply sparse matrices."""
+@dataclass(frozen=True)
+class SamplePositions:
+    """Where N regions read their features; in cells of the region's level, cell 0 having its centre at 0."""
+
+    down: Tensor
+    """(N, pool_size * samples_per_side)."""
+    across: Tensor
+    """(N, pool_size * samples_per_side)."""
+    samples_per_side: int
+    """In every bin, which is their mean."""
+    reach: int
+    """Cells beyond the outermost centre from which a sample still counts, with the value there; farther ones are 0."""
+
+
+def has_sparse_product(device: torch.device) -> bool:
+    """Whether this device and this build of torch multiply sparse matrices fast."""
     return device.type == "cpu" and bool(torch._C.has_mkl)
 
 
-def sparse_roi_align(
-    pyramid: Sequence[Tensor], boxes: Tensor, image_index: Tensor, levels: Tensor, pool_size: int, samples_per_side: int
+def weighted_cells(
+    pyramid: Sequence[Tensor], positions: SamplePositions, image_index: Tensor, levels: Tensor, pool_size: int
 ) -> Tensor:
-    """Equal to `torchvision.ops.roi_align(aligned=True)` of each region on its level, in float32.
+    """Bilinear samples of each region on its level, averaged in every bin, in float32.
 
     Args:
-        pyramid: levels with strides 4, 8, 16, ..., each (B, channels, h, w).
-        boxes: (N, 4) xyxy in input pixels; N may be 0. No gradient reaches them.
+        pyramid: levels, each (B, channels, h, w).
+        positions: of N regions; N may be 0.
         image_index: (N,) int64.
         levels: (N,) int64, index into `pyramid`.
         pool_size: bins a side.
-        samples_per_side: samples a side of a bin.
 
     Returns:
         (N, channels, pool_size, pool_size) float32 in channels-last memory.
     """
     channels = pyramid[0].shape[1]
     cells = torch.cat([level.float().permute(0, 2, 3, 1).reshape(-1, channels) for level in pyramid])  # (M, channels)
-    if boxes.shape[0] == 0:
+    if levels.shape[0] == 0:
         return cells.new_zeros(0, channels, pool_size, pool_size) + 0.0 * cells.sum()
-    columns, weights = _cells_of_bins(pyramid, boxes.float(), image_index, levels, pool_size, samples_per_side)
-    pooled: Tensor = _SparseProduct.apply(cells, columns, weights)
+    columns, weights = _cells_of_bins(pyramid, positions, image_index, levels, pool_size)
+    if has_sparse_product(cells.device) and not torch.compiler.is_exporting():
+        pooled: Tensor = _SparseProduct.apply(cells, columns, weights)
+    else:
+        pooled = (cells[columns] * weights[..., None]).sum(dim=1)
     return pooled.reshape(-1, pool_size, pool_size, channels).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def _cells_of_bins(
-    pyramid: Sequence[Tensor], boxes: Tensor, image_index: Tensor, levels: Tensor, pool_size: int, samples_per_side: int
+    pyramid: Sequence[Tensor], positions: SamplePositions, image_index: Tensor, levels: Tensor, pool_size: int
 ) -> tuple[Tensor, Tensor]:
     """For every bin its cells, as (bins, K) rows of the cell matrix, and their weights (bins, K)."""
-    sizes = torch.tensor([level.shape[2:] for level in pyramid], device=boxes.device)  # (levels, 2) rows, columns
-    counts = torch.tensor([level.shape[0] * level.shape[2] * level.shape[3] for level in pyramid], device=boxes.device)
+    device = levels.device
+    sizes = torch.tensor([level.shape[2:] for level in pyramid], device=device)  # (levels, 2) rows, columns
+    counts = torch.tensor([level.shape[0] * level.shape[2] * level.shape[3] for level in pyramid], device=device)
     height, width = sizes[levels].unbind(dim=1)  # (N,)
     first_cell = (counts.cumsum(0) - counts)[levels] + image_index * height * width
-    stride = 4.0 * 2.0 ** levels.to(boxes.dtype)
-    y, weight_y = _neighbours(boxes[:, 1::2] / stride[:, None] - 0.5, height, pool_size, samples_per_side)
-    x, weight_x = _neighbours(boxes[:, 0::2] / stride[:, None] - 0.5, width, pool_size, samples_per_side)
+    y, weight_y = _neighbours(positions.down, height, pool_size, positions)
+    x, weight_x = _neighbours(positions.across, width, pool_size, positions)
     # y and x are (N, bins, 2 * samples); the cells of a bin are their products.
     rows = first_cell[:, None, None] + y * width[:, None, None]
     columns = rows[:, :, None, :, None] + x[:, None, :, None, :]
     weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
-    bins = boxes.shape[0] * pool_size * pool_size
-    return columns.reshape(bins, -1), weights.reshape(bins, -1)
+    bins = levels.shape[0] * pool_size * pool_size
+    return columns.reshape(bins, -1), weights.reshape(bins, -1).float()
 
 
-def _neighbours(ends: Tensor, length: Tensor, pool_size: int, samples_per_side: int) -> tuple[Tensor, Tensor]:
+def _neighbours(position: Tensor, length: Tensor, pool_size: int, positions: SamplePositions) -> tuple[Tensor, Tensor]:
     """Along one axis: cells beside the samples of every bin and their weights, (N, pool_size, 2 * samples_per_side).
 
     Args:
-        ends: (N, 2) start and end of the region in cells, cell 0 having its centre at 0.
+        position: (N, samples).
         length: (N,) cells along the axis.
         pool_size: bins.
-        samples_per_side: samples a bin.
+        positions: samples a bin, and how far they reach beyond the cells.
     """
-    num_samples = pool_size * samples_per_side
-    steps = (torch.arange(num_samples, device=ends.device) + 0.5) / num_samples
-    position = ends[:, :1] + steps * (ends[:, 1:] - ends[:, :1])  # (N, samples)
     last = (length - 1)[:, None]
-    inside = (position >= -1) & (position <= length[:, None])
+    inside = (position >= -positions.reach) & (position <= last + positions.reach)
     position = torch.minimum(position.clamp(min=0), last.to(position.dtype))
     low = position.long()
     high = torch.minimum(low + 1, last)
     weight_high = position - low
-    share = inside / samples_per_side
+    share = inside / positions.samples_per_side
     cells = torch.stack([low, high], dim=2)
     weights = torch.stack([(1 - weight_high) * share, weight_high * share], dim=2)
-    return cells.reshape(-1, pool_size, 2 * samples_per_side), weights.reshape(-1, pool_size, 2 * samples_per_side)
+    per_bin = 2 * positions.samples_per_side
+    return cells.reshape(-1, pool_size, per_bin), weights.reshape(-1, pool_size, per_bin)
 
 
 class _SparseProduct(torch.autograd.Function):
