@@ -179,12 +179,18 @@ def build_model(folder: str) -> tuple[MaskRCNN, Description]:
     """The model of a checkpoint with its weights, averaged ones where it has them, in evaluation mode on the CPU."""
     description = read_description(folder)
     model = MaskRCNN(description.experiment().model, len(description.class_names) + 1)
-    load_model_state(folder, model, AVERAGE_FILE if _has_average(folder) else MODEL_FILE)
+    load_judged_state(folder, model)
     return model.to(memory_format=torch.channels_last).eval(), description
 
 
-def _has_average(folder: str) -> bool:
-    return os.path.exists(os.path.join(folder, AVERAGE_FILE))
+def load_judged_state(folder: str, model: MaskRCNN) -> None:
+    """Put the weights that a checkpoint is evaluated and predicted with into a model: their average, if it has one.
+
+    Raises:
+        UserError: as `load_model_state`.
+    """
+    has_average = os.path.exists(os.path.join(folder, AVERAGE_FILE))
+    load_model_state(folder, model, AVERAGE_FILE if has_average else MODEL_FILE)
 
 
 def check_same_classes(description: Description, class_names: list[str], reference: str) -> None:

@@ -16,7 +16,7 @@ from model.mask_rcnn import MaskRCNN
 from model.masks import paste_masks
 from model.postprocess import to_original
 from model.structures import Detections
-from pipeline.checkpoint import build_model, check_same_classes, load_model_state, read_description, resolve_checkpoint
+from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description, resolve_checkpoint
 from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import EvaluatedRow, average_precision, evaluate_rows, rows_of_worker
@@ -120,7 +120,7 @@ def evaluate_checkpoint(
     manifest = ShardSet(data.validation).manifest
     check_same_classes(read_description(folder), list(manifest.class_names), folder)
     model = MaskRCNN(config.model, manifest.num_classes)
-    load_model_state(folder, model)
+    load_judged_state(folder, model)
     sent = ray.put(model)  # not the folder: it may be on this node alone
     device = "cuda" if placement.use_gpu else "cpu"
     num_tasks = min(config.scaling.num_workers, manifest.num_rows)
