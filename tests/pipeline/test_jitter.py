@@ -79,7 +79,9 @@ def test_crop_by_hand() -> None:
     bitmap[1, 1:4] = bitmap[2, 2] = bitmap[4, 0] = True
     far = np.zeros((5, 6), dtype=bool)
     far[0, 5] = True
-    cut = boxes_from_masks(scale_and_crop(pack_sample(noise(5, 6), [bitmap, far]), 2.0, (4, 4), (0.5, 0.125)))
+    moved = scale_and_crop(pack_sample(noise(5, 6), [bitmap, far]), 2.0, (4, 4), (0.5, 0.125))
+    assert moved.boxes.tolist() == moved.mask_boxes.tolist() == [[-1, -1, 7, 7], [9, -3, 11, -1]]
+    cut = boxes_from_masks(moved)
     assert cut.classes.tolist() == [1]
     # In input pixels the set cells were rows 2..4 of columns 2..8, and rows 4..6 of columns 4..6; (4, 0) is below.
     assert cut.boxes.tolist() == [[1, 0, 4, 3]]
