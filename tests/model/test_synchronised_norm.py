@@ -113,9 +113,8 @@ def test_alone_it_is_the_layer_it_replaces(training: bool) -> None:
     assert len(kinds) == 20 + 2 + 1  # ResNet-18, box head, mask head
     assert replaced.state_dict().keys() == model.state_dict().keys()
     assert {id(parameter) for parameter in replaced.parameters()}.isdisjoint(map(id, model.parameters()))
-    images = small_batch(2).images
-    sizes = small_batch(2).image_sizes
-    for ours, theirs in zip(replaced.features(images, sizes), model.features(images, sizes), strict=True):
+    images = small_batch(2).images.float() / 255
+    for ours, theirs in zip(replaced.backbone(images), model.backbone(images), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
