@@ -179,8 +179,10 @@ class LossConfig(Config):
     """Weight of the box deltas of positive regions."""
     mrcnn_mask_loss: NonNegativeFloat = 1.0
     """Weight of the masks of positive regions."""
-    smooth_l1_beta: PositiveFloat = 1.0
-    """Where the box losses turn from quadratic to linear, in delta units."""
+    box_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
+    """What the two box losses measure: distance of the deltas, or generalized IoU of the boxes."""
+    smooth_l1_beta: NonNegativeFloat = 1.0
+    """Where smooth L1 turns from quadratic to linear, in delta units; 0 is plain L1."""
     normalizer: Literal["image", "batch", "positives"] = "image"
     """What sums are divided by: the sampled rows of each image, then averaged over images; those of all images of a
     worker together (torchvision); or as batch, but the box losses by positives and four numbers (the original)."""

@@ -18,7 +18,7 @@ from model.masks import paste_masks
 from model.postprocess import to_original
 from model.structures import Detections
 from model.weights import is_import
-from pipeline.checkpoint import build_model, check_same_classes, load_model_state, read_description, resolve_checkpoint
+from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description, resolve_checkpoint
 from pipeline.cluster import Placement
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
@@ -138,7 +138,7 @@ def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[s
         return model
     check_same_classes(read_description(weights), list(class_names), weights)
     model = MaskRCNN(config.model, len(class_names) + 1)
-    load_model_state(weights, model)
+    load_judged_state(weights, model)
     return model
 
 

@@ -37,7 +37,9 @@ from pipeline.config import (
     TrainSettings,
 )
 from pipeline.prepare import PreparedData
+from pipeline.preprocess import pack_mask
 from pipeline.row_encoding import RowSettings, encode_row
+from pipeline.sample import Sample
 from pipeline.shards import ROW_SCHEMA
 
 Json = dict[str, Any]
@@ -255,6 +257,16 @@ def row_of(record: ImageRecord, canvases: Sequence[tuple[int, int]] = CANVASES) 
         elif pa.types.is_large_binary(field.type):
             values[field.name] = np.frombuffer(values[field.name], dtype=np.uint8)
     return values
+
+
+def pack_sample(image: Pixels, bitmaps: Sequence[Bitmap], is_crowd: bool = False) -> Sample:
+    """Objects of classes 1, 2, ... with these bitmaps of the whole image and the boxes of these."""
+    packed = [pack_mask(bitmap) for bitmap in bitmaps]
+    boxes = np.array([box for box, _ in packed], dtype=np.float32).reshape(-1, 4)
+    sizes = np.stack([boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1).astype(np.int32)
+    bits = np.frombuffer(b"".join(bits for _, bits in packed), dtype=np.uint8)
+    classes = np.arange(1, len(packed) + 1, dtype=np.int32)
+    return Sample(image, classes, np.full(len(packed), is_crowd), boxes, boxes.copy(), sizes, bits)
 
 
 def class_map() -> ClassMap:

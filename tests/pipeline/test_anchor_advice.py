@@ -25,13 +25,10 @@ def brute_force(objects: Objects, config: AnchorConfig) -> np.ndarray[Any, Any]:
     for canvas in np.unique(objects.canvases, axis=0):
         chosen = np.flatnonzero((objects.canvases == canvas).all(axis=1))
         sizes = [(-(-int(canvas[0]) // s), -(-int(canvas[1]) // s)) for s in LEVEL_STRIDES]
-        anchors = pyramid_anchors(config, sizes).double()
-        counts = [-(-h // config.anchor_stride) * -(-w // config.anchor_stride) * len(config.ratios) for h, w in sizes]
-        assert sum(counts) == len(anchors)
         boxes = torch.from_numpy(objects.boxes[chosen])
-        for level, part in enumerate(torch.split(anchors, counts)):
+        for level, part in enumerate(pyramid_anchors(config, sizes, (int(canvas[0]), int(canvas[1])))):
             for rows in np.array_split(np.arange(len(chosen)), -(-len(chosen) // 64)):
-                best[chosen[rows], level] = pairwise_iou(boxes[rows], part).max(dim=1).values.numpy()
+                best[chosen[rows], level] = pairwise_iou(boxes[rows], part.double()).max(dim=1).values.numpy()
     return best
 
 
