@@ -58,8 +58,9 @@ def lively_model(preset: str | None = None, **detections: Any) -> MaskRCNN:
         handle = predictor.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
         model.detect(*_pictures(CANVAS, 1))
         handle.remove()
-        with torch.no_grad():
-            predictor.weight *= spread / seen[0].std()
+        if seen[0].numel():
+            with torch.no_grad():
+                predictor.weight *= spread / seen[0].std()
     return model
 
 
