@@ -130,6 +130,12 @@ class DataSettings(Config):
         (1088, 1088),
     )
     """Height and width that images are resized and padded to; each image goes where it comes out largest."""
+    short_side: PositiveInt | None = None
+    """Pixels of the shorter side that images are resized to, where their canvas has room; null: as large as it has."""
+    resize_method: Literal["antialiased", "original"] = "antialiased"
+    """Bilinear with anti-aliasing, or without and darker at the border, as the original's."""
+    mini_masks: PositiveInt | None = None
+    """Train on masks of so many pixels a side inside their box (the original: 56); null: on exact ones."""
     repeat_threshold: Fraction = 0.0
     """Rows with a class that fewer than this share of images show are repeated (LVIS repeat factors); 0 for never."""
     empty_images_fraction: Fraction = 1.0

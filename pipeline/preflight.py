@@ -171,13 +171,16 @@ def _histogram(numbers: Sequence[int]) -> list[Json]:
 
 
 def boxes_on_canvas(
-    records: Sequence[ImageRecord], objects: npt.NDArray[np.float64], canvases: Sequence[tuple[int, int]]
+    records: Sequence[ImageRecord],
+    objects: npt.NDArray[np.float64],
+    canvases: Sequence[tuple[int, int]],
+    short_side: int | None = None,
 ) -> Objects:
     """Boxes of `Written.objects` in input pixels, as training sees them; crowds left out."""
     chosen = objects[objects[:, 2] == 0]
     scales, limits, sizes = (np.zeros((len(records), n)) for n in (4, 4, 2))
     for index, record in enumerate(records):
-        canvas, height, width = choose_canvas(record.height, record.width, canvases)
+        canvas, height, width = choose_canvas(record.height, record.width, canvases, short_side)
         scales[index] = [width / record.width, height / record.height] * 2
         limits[index] = [width, height] * 2
         sizes[index] = canvases[canvas]

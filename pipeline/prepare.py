@@ -298,7 +298,7 @@ def _write_split(config: ExperimentConfig, checked: CheckedData, split: CheckedS
         raise
     problems = split.problems + written.problems
     quarantined = split.quarantined + written.quarantined
-    objects = boxes_on_canvas(written.records, written.objects, config.data.canvases)
+    objects = boxes_on_canvas(written.records, written.objects, config.data.canvases, config.data.short_side)
     found = _findings(config, checked, split, written.records, problems, quarantined, None, objects)
     write_findings(split.folder, found)
     if problems:
@@ -333,6 +333,8 @@ def _content_key(config: ExperimentConfig, files: Sequence[CocoFile], class_map:
     options = {
         "format_version": FORMAT_VERSION,
         "canvases": config.data.canvases,
+        "short_side": config.data.short_side,
+        "resize_method": config.data.resize_method,
         "rows_per_shard": config.data.rows_per_shard,
         "image_format": config.data.image_format,
         "jpeg_quality": config.data.jpeg_quality if config.data.image_format == "jpeg" else None,

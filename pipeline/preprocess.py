@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -88,18 +89,22 @@ def _to_rgb(image: Image.Image) -> UInt8Array:
     return np.array(image.convert("RGB"))
 
 
-def choose_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+def choose_canvas(
+    height: int, width: int, canvases: Sequence[tuple[int, int]], short_side: int | None = None
+) -> tuple[int, int, int]:
     """The canvas on which an image comes out largest, and its size there.
 
     Args:
         height: rows of the original image.
         width: columns of the original image.
         canvases: (rows, columns) of each; the first of equals is taken.
+        short_side: pixels that the shorter side of the resized image has at most.
 
     Returns:
         Index of the canvas, and rows and columns of the resized image, at least 1 and at most the canvas's.
     """
-    scales = [min(rows / height, columns / width) for rows, columns in canvases]
+    most = math.inf if short_side is None else short_side / min(height, width)
+    scales = [min(rows / height, columns / width, most) for rows, columns in canvases]
     index = int(np.argmax(scales))
     rows, columns = canvases[index]
     return (

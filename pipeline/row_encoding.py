@@ -17,6 +17,7 @@ from pipeline.coco import Annotation, ImageRecord
 from pipeline.config import DataSettings, PolicySettings
 from pipeline.preprocess import (
     ImageProblem,
+    ResizeMethod,
     UInt8Array,
     choose_canvas,
     decode_image,
@@ -43,11 +44,15 @@ class RowSettings:
     policies: PolicySettings
     image_format: str
     jpeg_quality: int
+    short_side: int | None = None
+    resize_method: ResizeMethod = "antialiased"
 
     @staticmethod
     def of(data: DataSettings) -> RowSettings:
         """The part of the configuration that rows depend on."""
-        return RowSettings(data.canvases, data.policies, data.image_format, data.jpeg_quality)
+        return RowSettings(
+            data.canvases, data.policies, data.image_format, data.jpeg_quality, data.short_side, data.resize_method
+        )
 
 
 class ImageLeftOut(Exception):  # noqa: N818 - an outcome that is collected
@@ -97,7 +102,10 @@ def encode_row(row: int, record: ImageRecord, settings: RowSettings) -> tuple[di
             kept.append(checked)
             mask_boxes += box
             mask_bits.append(bits)
-    canvas, image_height, image_width = choose_canvas(record.height, record.width, settings.canvases)
+    canvas, image_height, image_width = choose_canvas(
+        record.height, record.width, settings.canvases, settings.short_side
+    )
+    resized = resize_image(image, image_height, image_width, settings.resize_method)
     values = {
         "row": row,
         "source": record.source,
@@ -109,7 +117,7 @@ def encode_row(row: int, record: ImageRecord, settings: RowSettings) -> tuple[di
         "canvas": canvas,
         "image_height": image_height,
         "image_width": image_width,
-        "image": _encode_image(resize_image(image, image_height, image_width), settings),
+        "image": _encode_image(resized, settings),
         "annotation_ids": [annotation.annotation_id for annotation in kept],
         "classes": [annotation.class_id for annotation in kept],
         "is_crowd": [annotation.is_crowd for annotation in kept],

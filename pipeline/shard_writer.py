@@ -259,6 +259,7 @@ def _shard_key(first_row: int, records: Sequence[ImageRecord], contents: Content
     settings = contents.settings
     digest = hashlib.sha256()
     options = [FORMAT_VERSION, first_row, settings.canvases, settings.image_format, settings.jpeg_quality]
+    options += [settings.short_side, settings.resize_method]
     digest.update(json.dumps([*options, settings.policies.model_dump(), list(contents.class_names)]).encode())
     for record in records:
         digest.update(replace(record, path="").to_json().encode())

@@ -28,7 +28,7 @@ from pipeline.augment import augment
 from pipeline.config import AugmentSettings
 from pipeline.copy_paste import copy_paste
 from pipeline.errors import UserError
-from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, sample_from_row, sample_to_values
+from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, sample_from_row, sample_to_values, with_mini_masks
 from pipeline.sampling import Float64Array, Int64Array, repeat_counts, rows_an_epoch
 from pipeline.shards import ShardSet
 
@@ -196,6 +196,8 @@ class LoadBlock:
     """Of the shards that the plan was made for."""
     augment_settings: AugmentSettings
     seed: int
+    mini_masks: int | None = None
+    """Pixels a side that masks are reduced to, see `DataSettings`."""
 
     def __call__(self, table: Any) -> Any:
         """Read, augment and lay out the planned rows."""
@@ -210,6 +212,8 @@ class LoadBlock:
         rng = np.random.default_rng([self.seed, epoch, row])
         sample = augment(sample_from_row(values), self.augment_settings, rng, canvas)
         sample = self._paste(shards, sample, values["source"], canvas, epoch, row)
+        if self.mini_masks is not None:
+            sample = with_mini_masks(sample, self.mini_masks)
         return {
             "position": position,
             "row": row,

@@ -260,7 +260,9 @@ class Worker:
             manifest = self.shards.manifest
             settings = self.config.train
             blocks = planned_blocks(self.plan, first_step, last_step, self.num_workers, per_block)
-            load = LoadBlock(self.data.training, manifest.digest, self.config.augment, settings.seed)
+            load = LoadBlock(
+                self.data.training, manifest.digest, self.config.augment, settings.seed, self.config.data.mini_masks
+            )
             store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
             iterators = split_stream(blocks, load, self.num_workers, self.cpus_for_data, store_bytes)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)

@@ -188,3 +188,15 @@ def test_digest_notices_every_value(tmp_path: Path) -> None:
             other = value + 1
         digests.add(row_digest({**values, name: other}))
     assert len(digests) == len(ROW_SCHEMA.names)
+
+
+def test_the_size_and_the_way_of_resizing_are_those_of_the_settings(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "a.png", [], 64, 96)
+    (tmp_path / "a.png").write_bytes(png(noise(64, 96)))
+    settings = dataclasses.replace(row_settings(canvases=((96, 96),)), short_side=32, resize_method="original")
+    values, _ = encode_row(0, record, settings)
+    assert (values["image_height"], values["image_width"]) == (32, 48)
+    expected = resize_image(noise(64, 96), 32, 48, "original")
+    np.testing.assert_array_equal(np.frombuffer(values["image"], np.uint8).reshape(32, 48, 3), expected)
+    smooth, _ = encode_row(0, record, dataclasses.replace(settings, resize_method="antialiased"))
+    assert smooth["image"] != values["image"]
