@@ -45,7 +45,7 @@ def main() -> None:
     default = autocast_dtype("auto", device.type)
 
     def step(number: int, dtype: torch.dtype | None = default) -> None:
-        train_step(model, batches[number % len(batches)], optimizer, config, number % 100, 1000, dtype)
+        train_step(model, [batches[number % len(batches)]], optimizer, config, number % 100, 1000, dtype)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""Check COCO data and write it as Arrow shards; jobs/train.py does the same where it has not been done.
+"""Check COCO data, report what is in them and what is wrong, and write Arrow shards; jobs/train.py does it too.
 
     python jobs/prepare.py --config configs/nuclei.yaml --data.root FOLDER
 
@@ -18,7 +18,8 @@ def main(arguments: list[str]) -> None:
     """Parse, prepare, print what was made."""
     options = parse(__doc__ or "", arguments)
 
-    from pipeline import cluster, prepare
+    from pipeline import cluster, prepare, storage
+    from pipeline.preflight import PAGE
     from pipeline.shards import read_manifest
 
     checked = prepare.check(options.experiment, say)  # before Ray is started: most mistakes show here
@@ -30,7 +31,9 @@ def main(arguments: list[str]) -> None:
         "validation": data.validation,
         "training_images": training.num_rows,
         "validation_images": validation.num_rows,
-        "dropped_annotations": len(training.dropped) + len(validation.dropped),
+        "quarantined_images": training.num_quarantined[0] + validation.num_quarantined[0],
+        "quarantined_annotations": training.num_quarantined[1] + validation.num_quarantined[1],
+        "report": storage.join(checked.folder, PAGE),
         "classes": list(training.class_names),
     }
     say(json.dumps(summary))

@@ -38,6 +38,25 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(intersection > 0, intersection / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
 
 
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """GIoU (Rezatofighi et al. 2019) of each box with its counterpart: IoU less the empty share of their common hull.
+
+    Args:
+        boxes: (..., 4) xyxy.
+        others: (..., 4) xyxy in the same frame.
+
+    Returns:
+        (...,) in -1..1; 1 for equal boxes, below 0 for boxes far apart, where it still has a gradient.
+    """
+    tiny = torch.finfo(boxes.dtype).tiny
+    width_height = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
+    intersection = width_height.clamp(min=0).prod(dim=-1)
+    union = box_area(boxes) + box_area(others) - intersection
+    hull_sides = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    hull = hull_sides.prod(dim=-1)
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
 def encode_boxes(boxes: Tensor, references: Tensor, delta_scale: Sequence[float]) -> Tensor:
     """Deltas that move and stretch the references onto the boxes (R-CNN, appendix C); inverse of `decode_boxes`.
 

@@ -43,8 +43,7 @@ class BackboneConfig(Config):
     norm: Literal["batch", "frozen", "frozen_statistics"] = "batch"
     """Norm of the ResNet: batch statistics (from scratch) or frozen ones (on pretrained weights)."""
     variant: Literal["torchvision", "keras"] = "torchvision"
-    """keras: a bottleneck's stride is in its first 1x1 convolution instead of the 3x3, and the stem's pooling pads at
-    the end only."""
+    """keras: stride in a bottleneck's first 1x1 convolution, and the stem's pooling padded at the end only."""
 
 
 class FpnConfig(Config):
@@ -126,8 +125,7 @@ class RoiConfig(Config):
     fixed_ratio: bool = False
     """Draw only as many negatives as keep positives at positive_fraction (none without positives); else fill up."""
     pooling: Literal["aligned", "unaligned", "crop_and_resize"] = "aligned"
-    """ROIAlign with half-pixel centres (aligned) or without, four samples a bin; or TensorFlow's crop_and_resize, one
-    sample a bin and the grid's corners on the region's."""
+    """ROIAlign with half-pixel centres, or without, or TensorFlow's crop_and_resize: one sample a bin."""
     canonical_size: PositiveFloat = 224.0
     """Side in input pixels of the region that is cut from P4 (FPN paper, equation 1)."""
 
@@ -138,8 +136,7 @@ class BoxHeadConfig(Config):
     pool_size: PositiveInt = 7
     """Side of the ROIAlign grid."""
     kind: Literal["conv7x7", "fc2", "conv4fc1"] = "conv7x7"
-    """Hidden layers: a convolution over the whole region and a 1x1 one; two fully connected; or four 3x3 convolutions
-    and a fully connected one."""
+    """Hidden layers: 7x7 and 1x1 convolution; two fully connected; four 3x3 convolutions and a fully connected one."""
     channels: PositiveInt = 1024
     """Width of the hidden layers that see the whole region."""
     convolution_channels: PositiveInt = 256
@@ -162,8 +159,7 @@ class MaskHeadConfig(Config):
     norm: NormKind = "batch"
     """Norm after each of them."""
     targets: Literal["thresholded", "soft", "crop_and_resize"] = "thresholded"
-    """How the object's mask comes to the region's grid: ROIAlign with four samples a cell, cut at one half; covered
-    share of the cell (torchvision); or one sample a cell, rounded (the original)."""
+    """ROIAlign cut at one half; covered share of the cell (torchvision); one sample a cell (the original)."""
 
 
 class LossConfig(Config):
@@ -179,14 +175,14 @@ class LossConfig(Config):
     """Weight of the box deltas of positive regions."""
     mrcnn_mask_loss: NonNegativeFloat = 1.0
     """Weight of the masks of positive regions."""
-    smooth_l1_beta: PositiveFloat = 1.0
-    """Where the box losses turn from quadratic to linear, in delta units."""
+    box_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
+    """What the two box losses measure: distance of the deltas, or generalized IoU of the boxes."""
+    smooth_l1_beta: NonNegativeFloat = 1.0
+    """Where smooth L1 turns from quadratic to linear, in delta units; 0 is plain L1."""
     normalizer: Literal["image", "batch", "positives"] = "image"
-    """What sums are divided by: the sampled rows of each image, then averaged over images; those of all images of a
-    worker together (torchvision); or as batch, but the box losses by positives and four numbers (the original)."""
+    """Mean over rows of each image; of the worker's images (torchvision); box losses over positives (the original)."""
     inactive_classes: Literal["masked", "by_prediction"] = "masked"
-    """Classes that the image's data set has not labelled: out of the softmax, or a region does not count while its
-    best class is one (the original)."""
+    """Unlabelled classes: out of the softmax, or a region of such a best class does not count (the original)."""
 
 
 class DetectionConfig(Config):
@@ -203,8 +199,7 @@ class DetectionConfig(Config):
     best_class_only: bool = False
     """A region can be detected as its best class alone, instead of as every class above the threshold."""
     whole_pixels: bool = False
-    """Round boxes to whole original pixels and resize the mask to exactly that box, as the original does; else as
-    torchvision."""
+    """Round boxes to whole original pixels and resize masks to exactly them, as the original does."""
 
 
 class ModelConfig(Config):
@@ -219,8 +214,7 @@ class ModelConfig(Config):
     padding: Literal["mean", "black"] = "mean"
     """What the network sees outside the image."""
     boxes: Literal["exclusive", "inclusive"] = "exclusive"
-    """Whether arithmetic with boxes counts the last pixel inside: inclusive gives the numbers of the original, whose
-    normalised boxes do."""
+    """inclusive: box arithmetic counts the last pixel inside, as the original's normalised boxes do."""
     norms: NormConfig = NormConfig()
     """Norms."""
     backbone: BackboneConfig = BackboneConfig()
@@ -244,7 +238,6 @@ class ModelConfig(Config):
     detections: DetectionConfig = DetectionConfig()
     """Postprocessing."""
     weights: str = "none"
-    """Initial weights: none, matterport:FILE.h5, torchvision:FILE.pth, torchvision:NAME (COCO_V1, IMAGENET1K_V2, ...),
-    or a checkpoint of ours (folder, run, id of an MLflow run)."""
+    """Initial: none, matterport:FILE.h5, torchvision:FILE or :COCO_V1, or a run or checkpoint of ours."""
     weights_classes: tuple[str, ...] | None = None
     """Names of classes 1..C-1 of a weight file that does not say them; classes of the same name keep their rows."""

@@ -8,11 +8,14 @@ of the original, over the images of one worker together; nothing to divide by gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.boxes import decode_boxes, generalized_iou
 
 Normalizer = Literal["image", "batch", "positives"]
 LOSS_NAMES = ("rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss")
@@ -23,8 +26,17 @@ def _sum_by_image(values: Tensor, image_index: Tensor, num_images: int) -> Tenso
     return values.new_zeros(num_images).index_add(0, image_index, values)
 
 
-def _smooth_l1(deltas: Tensor, target_deltas: Tensor, beta: float) -> Tensor:
-    """Smooth L1 (Fast R-CNN, equation 3), summed over the last dimension."""
+def _smooth_l1(
+    deltas: Tensor, target_deltas: Tensor, beta: float, giou_delta_scale: Sequence[float] | None = None
+) -> Tensor:
+    """Smooth L1 (Fast R-CNN, equation 3), summed over the last dimension; or 1 - GIoU where a delta scale is given.
+
+    GIoU does not change when both boxes are moved and stretched alike, so any reference box does.
+    """
+    if giou_delta_scale is not None:
+        reference = deltas.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(deltas)
+        boxes = decode_boxes(deltas, reference, giou_delta_scale)
+        return 1 - generalized_iou(boxes, decode_boxes(target_deltas, reference, giou_delta_scale))
     return F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=beta).sum(dim=-1)
 
 
@@ -66,8 +78,9 @@ def rpn_bbox_loss(
     valid: Tensor,
     beta: float,
     normalizer: Normalizer = "image",
+    giou_delta_scale: Sequence[float] | None = None,
 ) -> Tensor:
-    """Smooth L1 of positive anchors, over the number of sampled anchors (or of positives and four numbers).
+    """Smooth L1 or GIoU of positive anchors, over the number of sampled anchors (or of positives and four numbers).
 
     Args:
         deltas: (B, S, 4) predicted.
@@ -76,8 +89,9 @@ def rpn_bbox_loss(
         valid: (B, S) bool, slots that hold an anchor.
         beta: where the loss turns linear.
         normalizer: see the module.
+        giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
-    loss = torch.where(positive & valid, _smooth_l1(deltas, target_deltas, beta), 0.0)
+    loss = torch.where(positive & valid, _smooth_l1(deltas, target_deltas, beta, giou_delta_scale), 0.0)
     counted, weight = (positive & valid, 4.0) if normalizer == "positives" else (valid, 1.0)
     return _mean(loss.flatten(), counted.flatten(), _image_index(valid), valid.shape[0], normalizer, weight)
 
@@ -124,8 +138,9 @@ def mrcnn_bbox_loss(
     num_images: int,
     beta: float,
     normalizer: Normalizer = "image",
+    giou_delta_scale: Sequence[float] | None = None,
 ) -> Tensor:
-    """Smooth L1 of the deltas for the true class, positives only, over the number of sampled regions.
+    """Smooth L1 or GIoU of the deltas for the true class, positives only, over the number of sampled regions.
 
     Args:
         deltas: (N, C, 4) predicted; N may be 0.
@@ -136,9 +151,10 @@ def mrcnn_bbox_loss(
         num_images: B.
         beta: where the loss turns linear.
         normalizer: see the module.
+        giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
     index = classes[:, None, None].expand(-1, 1, 4)
-    loss = _smooth_l1(deltas.gather(1, index)[:, 0], target_deltas, beta)
+    loss = _smooth_l1(deltas.gather(1, index)[:, 0], target_deltas, beta, giou_delta_scale)
     positive = valid & (classes > 0)
     loss = torch.where(positive, loss, 0.0)
     counted, weight = (positive, 4.0) if normalizer == "positives" else (valid, 1.0)

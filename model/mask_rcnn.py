@@ -191,6 +191,7 @@ class MaskRCNN(nn.Module):
             samples.valid,
             self.config.losses.smooth_l1_beta,
             self.config.losses.normalizer,
+            giou_delta_scale=self.config.rpn.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
         return class_loss, bbox_loss
 
@@ -220,6 +221,7 @@ class MaskRCNN(nn.Module):
             batch.num_images,
             loss_config.smooth_l1_beta,
             loss_config.normalizer,
+            giou_delta_scale=config.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
         return class_loss, bbox_loss
 

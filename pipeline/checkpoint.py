@@ -1,6 +1,7 @@
 """Checkpoints: everything that a training goes on from, in files that cannot run code.
 
 model.safetensors    parameters and buffers
+ema.safetensors      their moving average, where there is one; what is predicted with then
 optimizer.pt         optimiser state, loadable with weights_only=True
 checkpoint.json      written last: step, metrics, configuration, classes, digest of the data, size of the other files
 """
@@ -11,7 +12,7 @@ import json
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pipeline.errors import UserError
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, DESCRIPTION_FILE = "model.safetensors", "optimizer.pt", "checkpoint.json"
+AVERAGE_FILE = "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Description:
     """Of the training shards."""
     config: dict[str, Any]
     """The resolved `ExperimentConfig`."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """`JUDGED_METRICS` of every evaluation so far."""
+    gradient_scaler: dict[str, float] = field(default_factory=dict)
+    """State of the loss scale of fp16; empty for other precisions."""
 
     def experiment(self) -> ExperimentConfig:
         """The configuration, checked.
@@ -62,7 +68,11 @@ class Description:
 
 
 def write_checkpoint(
-    folder: str, model: MaskRCNN, optimizer: torch.optim.Optimizer | None, description: Description
+    folder: str,
+    model: MaskRCNN,
+    optimizer: torch.optim.Optimizer | None,
+    description: Description,
+    averaged: MaskRCNN | None = None,
 ) -> None:
     """Write a checkpoint into an empty local folder, its description last.
 
@@ -71,10 +81,14 @@ def write_checkpoint(
         model: not wrapped in DistributedDataParallel.
         optimizer: None for a checkpoint that is only predicted with.
         description: see there.
+        averaged: moving average of the model's weights.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, os.path.join(folder, MODEL_FILE))
-    files = [MODEL_FILE]
+    files = []
+    for name, weights in ((MODEL_FILE, model), (AVERAGE_FILE, averaged)):
+        if weights is not None:
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.state_dict().items()}
+            save_file(state, os.path.join(folder, name))
+            files.append(name)
     if optimizer is not None:
         torch.save(optimizer.state_dict(), os.path.join(folder, OPTIMIZER_FILE))
         files.append(OPTIMIZER_FILE)
@@ -114,27 +128,36 @@ def read_description(folder: str) -> Description:
     return description
 
 
-def read_model_state(folder: str) -> dict[str, torch.Tensor]:
+def read_model_state(folder: str, file_name: str = MODEL_FILE) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a local checkpoint.
+
+    Args:
+        folder: checkpoint.
+        file_name: `MODEL_FILE` or `AVERAGE_FILE`.
 
     Raises:
         UserError: the file cannot be read.
     """
-    path = os.path.join(folder, MODEL_FILE)
+    path = os.path.join(folder, file_name)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def load_model_state(folder: str, model: MaskRCNN) -> None:
+def load_model_state(folder: str, model: MaskRCNN, file_name: str = MODEL_FILE) -> None:
     """Put the weights of a checkpoint into a model; nothing is loaded partly.
+
+    Args:
+        folder: checkpoint.
+        model: changed.
+        file_name: `MODEL_FILE` or `AVERAGE_FILE`.
 
     Raises:
         UserError: the weights are of another architecture or number of classes, with the first difference.
     """
-    path = os.path.join(folder, MODEL_FILE)
-    state = read_model_state(folder)
+    path = os.path.join(folder, file_name)
+    state = read_model_state(folder, file_name)
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
@@ -167,11 +190,25 @@ def load_optimizer_state(folder: str, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_model(folder: str) -> tuple[MaskRCNN, Description]:
-    """The model of a checkpoint with its weights, in evaluation mode on the CPU."""
+    """The model of a checkpoint with its weights, averaged ones where it has them, in evaluation mode on the CPU."""
     description = read_description(folder)
     model = MaskRCNN(description.experiment().model, len(description.class_names) + 1)
-    load_model_state(folder, model)
+    load_judged_state(folder, model)
     return model.to(memory_format=torch.channels_last).eval(), description
+
+
+def judged_file(folder: str) -> str:
+    """Name of the file whose weights a checkpoint is evaluated and predicted with: their average, if it has one."""
+    return AVERAGE_FILE if os.path.exists(os.path.join(folder, AVERAGE_FILE)) else MODEL_FILE
+
+
+def load_judged_state(folder: str, model: MaskRCNN) -> None:
+    """Put the weights of `judged_file` into a model.
+
+    Raises:
+        UserError: as `load_model_state`.
+    """
+    load_model_state(folder, model, judged_file(folder))
 
 
 def check_same_classes(description: Description, class_names: list[str], reference: str) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, PositiveFloat, PositiveInt
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
 
 
@@ -35,6 +36,67 @@ class SyntheticSettings(Config):
     """What the data set is a function of."""
 
 
+ErrorOrDrop = Literal["error", "drop"]
+ErrorDropOrFix = Literal["error", "drop", "fix"]
+ErrorDropOrKeep = Literal["error", "drop", "keep"]
+AnyPolicy = Literal["error", "drop", "fix", "keep"]
+
+
+class PolicySettings(Config):
+    """What to do about each kind of problem in the data: stop, leave the record out, mend it, or leave it as it is."""
+
+    malformed_record: ErrorOrDrop = "error"
+    """A record without what it needs: id, size, four numbers for a box, run lengths that fit the image."""
+    non_finite_number: ErrorOrDrop = "error"
+    """NaN or infinity in a box, an area or an outline."""
+    path_outside_folder: ErrorOrDrop = "error"
+    """An absolute path or `..` in file_name; the file is never opened."""
+    duplicate_image_id: ErrorOrDrop = "error"
+    """Two images with one id; drop keeps the first."""
+    duplicate_annotation_id: ErrorOrDrop = "error"
+    """Two annotations with one id; drop keeps the first."""
+    duplicate_file_name: ErrorDropOrKeep = "keep"
+    """Two images with one file; drop keeps the first."""
+    duplicate_category_name: Literal["error", "fix"] = "error"
+    """Two categories with one name; fix makes them one class."""
+    unknown_image: ErrorOrDrop = "error"
+    """An annotation of an image that is not listed."""
+    unknown_category: ErrorOrDrop = "error"
+    """An annotation of a category that is not listed, such as 0."""
+    no_segmentation: ErrorOrDrop = "error"
+    """An annotation without an outline."""
+    missing_file: ErrorOrDrop = "error"
+    """An image whose file is not there."""
+    file_in_subfolder: ErrorDropOrFix = "error"
+    """An image whose file is only in a subfolder; fix takes it from there where there is just one."""
+    unreadable_image: ErrorOrDrop = "error"
+    """A file that cannot be decoded whole."""
+    decompression_bomb: ErrorOrDrop = "error"
+    """A file that claims more pixels than anybody has; it is never decoded."""
+    size_mismatch: ErrorOrDrop = "error"
+    """A file of another size than its record says, most likely because of a lost EXIF orientation."""
+    exif_orientation: ErrorDropOrKeep = "keep"
+    """A file with an EXIF turn; it is turned, unless only the unturned pixels have the size of the record."""
+    image_without_annotations: ErrorDropOrKeep = "keep"
+    """An image without objects teaches what background is."""
+    box_without_size: ErrorDropOrFix = "drop"
+    """A box with a side of zero or less; fix takes the box of the mask."""
+    box_outside_image: ErrorDropOrFix = "drop"
+    """A box that lies outside the image; fix takes the box of the mask."""
+    box_beyond_edge: AnyPolicy = "keep"
+    """A box that leaves the image by more than a pixel (it is clipped for training); fix takes the box of the mask."""
+    short_polygon: ErrorDropOrFix = "fix"
+    """A part of an outline with fewer than three points or without extent; fix leaves the part out."""
+    empty_mask: ErrorOrDrop = "drop"
+    """An outline that covers no pixel."""
+    box_disagrees_with_mask: AnyPolicy = "keep"
+    """A box more than 2 pixels off the box of its mask; fix takes the box of the mask."""
+    area_disagrees_with_mask: AnyPolicy = "keep"
+    """An area more than 15 % off the number of pixels of its mask; fix takes that number."""
+    crowd: ErrorDropOrKeep = "keep"
+    """A crowd: never trained on as an object, ignored in matching and in evaluation."""
+
+
 class DataSettings(Config):
     """Where images and annotations are, and how they are laid out for training."""
 
@@ -52,14 +114,32 @@ class DataSettings(Config):
     """Make the shapes data set below data.root first."""
     shards: str | None = None
     """Folder of the prepared Arrow shards; by default one below run.storage_path, named by what went into it."""
+    policies: PolicySettings = PolicySettings()
+    """What to do about each kind of problem in the data."""
     rows_per_shard: PositiveInt = 64
     """Images in a shard."""
+    image_format: Literal["raw", "jpeg"] = "raw"
+    """Pixels as they are, fastest to read, or JPEG, for small disks."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of stored JPEG images."""
+    verify_shards: bool = True
+    """Compare every shard with its SHA-256 before a training uses it; rows are compared when read in any case."""
     canvases: Annotated[tuple[tuple[CanvasSide, CanvasSide], ...], Field(min_length=1)] = (
         (800, 1344),
         (1344, 800),
         (1088, 1088),
     )
     """Height and width that images are resized and padded to; each image goes where it comes out largest."""
+    short_side: PositiveInt | None = None
+    """Pixels of the shorter side that images are resized to, where their canvas has room; null: as large as it has."""
+    resize_method: Literal["antialiased", "original"] = "antialiased"
+    """Bilinear with anti-aliasing, or without and darker at the border, as the original's."""
+    mini_masks: PositiveInt | None = None
+    """Train on masks of so many pixels a side inside their box (the original: 56); null: on exact ones."""
+    repeat_threshold: Fraction = 0.0
+    """Rows with a class that fewer than this share of images show are repeated (LVIS repeat factors); 0 for never."""
+    empty_images_fraction: Fraction = 1.0
+    """Share of the images without objects that an epoch trains on."""
     shuffle_window: PositiveInt = 16
     """Shards whose rows are shuffled together."""
     object_store_megabytes: PositiveInt = 512
@@ -73,6 +153,32 @@ class AugmentSettings(Config):
     """Share of images mirrored left to right."""
     vertical_flip: Fraction = 0.0
     """Share of images mirrored top to bottom."""
+    short_side: tuple[PositiveInt, PositiveInt] | None = None
+    """Smallest and largest short side that images are resized to, input pixels, as far as their canvas allows."""
+    short_side_step: PositiveInt = 1
+    """Difference between the short sides that occur."""
+    large_scale_jitter: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Smallest and largest factor of an image's size on its canvas, which is cut out at a random place."""
+    brightness: Fraction = 0.0
+    """Largest change of the brightness, as a share of it."""
+    contrast: Fraction = 0.0
+    """Largest change of the contrast, as a share of it."""
+    saturation: Fraction = 0.0
+    """Largest change of the saturation, as a share of it."""
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Largest shift of the hue, in turns of the colour circle."""
+    copy_paste: Fraction = 0.0
+    """Share of images that get about half of the objects of another image of their source."""
+
+    @model_validator(mode="after")
+    def _ranges_in_order(self) -> Self:
+        for name in ("short_side", "large_scale_jitter"):
+            values = getattr(self, name)
+            if values is not None and values[0] > values[1]:
+                raise ValueError(f"{name} {list(values)} has to rise")
+        if self.short_side is not None and self.large_scale_jitter is not None:
+            raise ValueError("short_side and large_scale_jitter both set the scale: choose one, make the other null")
+        return self
 
 
 class OptimSettings(Config):
@@ -81,17 +187,41 @@ class OptimSettings(Config):
     name: Literal["sgd", "adamw"] = "sgd"
     """Optimiser."""
     learning_rate: PositiveFloat = 0.02
-    """Learning rate after warm-up, for the global batch that is configured."""
+    """Learning rate after warm-up, for the reference batch or else for the global batch that is configured."""
+    reference_batch_size: PositiveInt | None = None
+    """Batch that learning_rate, warmup_steps and milestones are for and scaled from; null takes them as they are."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum of SGD."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay of weights; norms and biases have none."""
+    """Weight decay of weights; norms have none."""
+    decay_biases: bool = False
+    """Decay the biases of convolutions and linear layers too."""
     warmup_steps: NonNegativeInt = 1000
-    """Steps over which the learning rate rises linearly from a thousandth."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """Steps over which the learning rate rises linearly."""
+    warmup_factor: Fraction = 1e-3
+    """Share of the learning rate that the first step has."""
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     """What the learning rate does after warm-up; cosine ends at a hundredth on the last step."""
-    gradient_clip_norm: PositiveFloat = 5.0
-    """Largest global norm of the gradient."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """Steps at which multistep multiplies the learning rate by decay_factor."""
+    decay_factor: PositiveFraction = 0.1
+    """What multistep multiplies the learning rate by."""
+    gradient_clip_norm: PositiveFloat | None = 5.0
+    """Largest global norm of the gradient; null does not clip."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Evaluate and predict with an exponential moving average of the weights of this decay a step; null for without."""
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} have to rise")
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError(f"schedule {self.schedule} with milestones {list(self.milestones)}: multistep needs some")
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs name sgd and a momentum")
+        return self
 
 
 class TrainSettings(Config):
@@ -102,11 +232,25 @@ class TrainSettings(Config):
     max_steps: PositiveInt | None = None
     """Stop after so many steps, whatever the epochs."""
     batch_size_per_worker: PositiveInt = 2
-    """Images a worker and step; the global batch is this times scaling.num_workers."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it."""
+    """Images a worker and pass; the global batch is this times accumulation_steps times scaling.num_workers."""
+    accumulation_steps: PositiveInt = 1
+    """Passes whose gradients are averaged into one step: a large global batch in little memory."""
+    trainable_layers: Literal["heads", "5+", "4+", "3+", "all"] = "all"
+    """Layers that learn: FPN, RPN and heads alone, or with the ResNet from that stage on."""
+    synchronise_norms: bool = False
+    """Batch norm takes its statistics from the images of all workers."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it, fp16 on older GPUs."""
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    """What workers send their gradients as."""
     seed: NonNegativeInt = 0
     """What initial weights, order, augmentation and sampling are functions of."""
+    target_bbox_AP: Fraction | None = None  # noqa: N815 - as the metric is called
+    """Stop once an evaluation has this box AP (and the other targets)."""
+    target_segm_AP: Fraction | None = None  # noqa: N815
+    """Stop once an evaluation has this mask AP (and the other targets)."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in turn without a better mask AP than before."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_every_steps: PositiveInt = 10
@@ -181,4 +325,13 @@ class ExperimentConfig(Config):
     @property
     def global_batch_size(self) -> int:
         """Images a step over all workers."""
-        return self.train.batch_size_per_worker * self.scaling.num_workers
+        return self.train.batch_size_per_worker * self.train.accumulation_steps * self.scaling.num_workers
+
+    @model_validator(mode="after")
+    def _frozen_layers_keep_their_statistics(self) -> Self:
+        if self.train.trainable_layers != "all" and self.model.backbone.norm == "batch":
+            raise ValueError(
+                f"train.trainable_layers {self.train.trainable_layers} needs model.backbone.norm frozen: "
+                "layers that do not learn must not change by their statistics either"
+            )
+        return self

@@ -18,14 +18,14 @@ from model.masks import paste_masks
 from model.postprocess import to_original
 from model.structures import Detections
 from model.weights import is_import
-from pipeline.checkpoint import build_model, check_same_classes, load_model_state, read_description, resolve_checkpoint
+from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description, resolve_checkpoint
 from pipeline.cluster import Placement
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import EvaluatedRow, average_precision, evaluate_rows, rows_of_worker
 from pipeline.initial_weights import NONE, Say, build_model_from, find_checkpoint
 from pipeline.prepare import PreparedData
-from pipeline.preprocess import UInt8Array, choose_canvas, decode_image, image_to_rgb, resize_image
+from pipeline.preprocess import ResizeMethod, UInt8Array, choose_canvas, decode_image, image_to_rgb, resize_image
 from pipeline.shards import ShardSet
 from pipeline.training import autocast, autocast_dtype
 
@@ -41,6 +41,8 @@ class Predictor:
     """Of classes 1..C-1: `class_names[detections.classes[i] - 1]`."""
     canvases: tuple[tuple[int, int], ...]
     precision: str = "auto"
+    short_side: int | None = None
+    resize_method: ResizeMethod = "antialiased"
 
     def predict(self, image: UInt8Array | Image.Image | str | Path) -> Detections:
         """Find the objects of one image.
@@ -57,9 +59,9 @@ class Predictor:
         """
         pixels = _to_array(image)
         height, width = pixels.shape[:2]
-        canvas, image_height, image_width = choose_canvas(height, width, self.canvases)
+        canvas, image_height, image_width = choose_canvas(height, width, self.canvases, self.short_side)
         images = torch.zeros(1, 3, *self.canvases[canvas], dtype=torch.uint8)
-        resized = torch.from_numpy(np.array(resize_image(pixels, image_height, image_width)))
+        resized = torch.from_numpy(np.array(resize_image(pixels, image_height, image_width, self.resize_method)))
         images[0, :, :image_height, :image_width] = resized.permute(2, 0, 1)
         device = next(self.model.parameters()).device
         sizes = torch.tensor([[image_height, image_width]], device=device)
@@ -89,7 +91,14 @@ def load(
     model, description = build_model(resolve_checkpoint(checkpoint, storage_path, mlflow_uri))
     config = description.experiment()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Predictor(model, description.class_names, config.data.canvases, config.train.precision)
+    return Predictor(
+        model,
+        description.class_names,
+        config.data.canvases,
+        config.train.precision,
+        config.data.short_side,
+        config.data.resize_method,
+    )
 
 
 def _to_array(image: UInt8Array | Image.Image | str | Path) -> UInt8Array:
@@ -138,7 +147,7 @@ def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[s
         return model
     check_same_classes(read_description(weights), list(class_names), weights)
     model = MaskRCNN(config.model, len(class_names) + 1)
-    load_model_state(weights, model)
+    load_judged_state(weights, model)
     return model
 
 

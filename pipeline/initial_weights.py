@@ -15,7 +15,7 @@ from model.mask_rcnn import MaskRCNN
 from model.source_weights import SourceTensor, SourceWeights, WeightsError, one_line
 from model.weights import Report, fit_weights, is_import, read_weights
 from pipeline import run_state, storage
-from pipeline.checkpoint import read_description, read_model_state, resolve_checkpoint
+from pipeline.checkpoint import judged_file, read_description, read_model_state, resolve_checkpoint
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 
@@ -119,7 +119,7 @@ def _read_checkpoint(reference: str, config: ExperimentConfig) -> SourceWeights:
     folder = find_checkpoint(reference, config)
     return SourceWeights(
         reference,
-        {name: SourceTensor(name, tensor) for name, tensor in read_model_state(folder).items()},
+        {name: SourceTensor(name, tensor) for name, tensor in read_model_state(folder, judged_file(folder)).items()},
         class_names=tuple(read_description(folder).class_names),
         class_names_from="those of the checkpoint",
     )

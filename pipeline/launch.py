@@ -16,6 +16,7 @@ from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 from pipeline.initial_weights import InitialWeights
+from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
@@ -83,6 +84,8 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
         status = "FINISHED"
+        if result.return_value["stopped"]:
+            say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
         summary = _summarise(config, result, run_id, time.monotonic() - started)
         _record_artifacts(tracker, config, shards, result)
         run_state.write_result(folder, run_state.RunResult(_length(config), summary))
@@ -96,7 +99,10 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
 
 def _length(config: ExperimentConfig) -> str:
     """How long the configuration wants to train, in its own terms."""
-    return f"epochs {config.train.epochs:g}, max_steps {config.train.max_steps}"
+    train = config.train
+    ends = {"target_bbox_AP": train.target_bbox_AP, "target_segm_AP": train.target_segm_AP, "patience": train.patience}
+    early = "".join(f", {name} {value:g}" for name, value in ends.items() if value is not None)
+    return f"epochs {train.epochs:g}, max_steps {train.max_steps}{early}"
 
 
 def _check_data(config: ExperimentConfig, shards: ShardSet, validation: ShardSet) -> None:
@@ -120,11 +126,13 @@ def _explain(
 ) -> None:
     steps = total_steps(config, make_plan(config, shards))
     device = "GPU" if placement.use_gpu else "CPU"
+    passes = f" x {config.train.accumulation_steps} passes" if config.train.accumulation_steps > 1 else ""
     say(
         f"train: {len(shards)} images, {shards.manifest.num_classes - 1} classes, {len(validation)} to validate on; "
-        f"{config.scaling.num_workers} workers ({device}) x {config.train.batch_size_per_worker} images = "
+        f"{config.scaling.num_workers} workers ({device}) x {config.train.batch_size_per_worker} images{passes} = "
         f"{config.global_batch_size} a step, {steps} steps"
     )
+    say(f"train: {explain_scaling(config.optim, config.global_batch_size)}")
     say(f"train: {'going on with' if resumed else 'beginning'} run {config.run.name} in {folder}")
 
 
@@ -244,6 +252,7 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
         "steps": result.return_value["steps"],
+        "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),
         "mlflow_run_id": run_id,
         "checkpoint": best.path,

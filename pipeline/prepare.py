@@ -6,25 +6,32 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
-from pipeline import storage
-from pipeline.coco import (
-    ClassMap,
-    CocoFile,
-    Dropped,
-    ImageRecord,
-    check_files_exist,
-    check_records,
-    classes_of_source,
-    count_reasons,
-    read_coco_file,
-    unite_classes,
-)
+import numpy as np
+
+from pipeline import preflight, storage
+from pipeline.anchor_advice import Objects
+from pipeline.coco import ClassMap, CocoFile, ImageRecord, classes_of_source, read_coco_file, unite_classes
 from pipeline.config import ExperimentConfig
+from pipeline.contact_sheet import make_tiles
+from pipeline.preflight import (
+    Findings,
+    boxes_on_canvas,
+    describe,
+    has_report,
+    read_findings,
+    write_findings,
+    write_report,
+)
+from pipeline.problems import PolicyError, Problem, Quarantined, count_kinds, raise_errors
 from pipeline.progress import duration
-from pipeline.shards import FORMAT_VERSION, MANIFEST, Manifest, Source, read_manifest, write_shards
+from pipeline.record_checks import check_records
+from pipeline.row_encoding import RowSettings
+from pipeline.shard_writer import Contents, write_shards
+from pipeline.shards import FORMAT_VERSION, MANIFEST, Manifest, Source, read_manifest
 from pipeline.synthetic import write_shapes
+from pipeline.verification import verify_shards
 
 Say = Callable[[str], None]
 PROGRESS_SECONDS = 10.0
@@ -47,17 +54,28 @@ class CheckedSplit:
     """Of its shards."""
     key: str
     """Digest of what the shards are made from."""
+    files_key: str
+    """Digest of names, sizes and times of the image files."""
     is_there: bool
-    """Whether the folder holds these shards already; then records and sources are empty."""
-    records: list[ImageRecord]
-    sources: list[Source]
-    dropped: list[Dropped]
+    """Whether the folder holds these shards already; then there are no records."""
+    files: list[CocoFile] = field(default_factory=list)
+    records: list[ImageRecord] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+    @property
+    def num_read(self) -> tuple[int, int]:
+        """Images and annotations that the files list."""
+        return sum(len(file.images) for file in self.files), sum(len(file.annotations) for file in self.files)
 
 
 @dataclass(frozen=True)
 class CheckedData:
     """What `write` makes shards of."""
 
+    folder: str
+    """Of the report; the shards lie below it."""
     class_map: ClassMap
     training: CheckedSplit
     validation: CheckedSplit
@@ -67,11 +85,11 @@ def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
     """Make the shards where they are not there yet; Ray has to be running.
 
     Args:
-        config: data, run.storage_path.
+        config: data, run.storage_path, and model.anchors for the report.
         say: takes lines for a person to read.
 
     Raises:
-        UserError: data that cannot be trained on; no half-made data set is left behind.
+        UserError: data that cannot be trained on; the report says all about it, no half-made data set is left behind.
     """
     return write(config, check(config, say), say)
 
@@ -100,11 +118,15 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     training_key = _content_key(config, training_files, class_map)
     validation_key = _content_key(config, validation_files, class_map)
     folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_key, validation_key)
-    return CheckedData(
+    stamps = {path: storage.list_stamps(path) for path in {f.images_folder for f in training_files + validation_files}}
+    checked = CheckedData(
+        folder,
         class_map,
-        _check_split("training", storage.join(folder, "training"), training_key, training_files, class_map),
-        _check_split("validation", storage.join(folder, "validation"), validation_key, validation_files, class_map),
+        _check_split(config, "training", folder, training_key, training_files, class_map, stamps),
+        _check_split(config, "validation", folder, validation_key, validation_files, class_map, stamps),
     )
+    _raise_first_error(config, checked, say)
+    return checked
 
 
 def _any_annotations(config: ExperimentConfig, root: str) -> bool:
@@ -120,79 +142,187 @@ def _shards_alone(folder: str) -> CheckedData | None:
     folders = {name: storage.join(folder, name) for name in ("training", "validation")}
     if not all(storage.exists(storage.join(path, MANIFEST)) for path in folders.values()):
         return None
-    splits = {name: CheckedSplit(name, path, "", True, [], [], []) for name, path in folders.items()}
-    return CheckedData(ClassMap(read_manifest(folders["training"]).class_names), **splits)
+    splits = {name: CheckedSplit(name, path, "", "", True) for name, path in folders.items()}
+    return CheckedData(folder, ClassMap(read_manifest(folders["training"]).class_names), **splits)
 
 
 def write(config: ExperimentConfig, checked: CheckedData, say: Say) -> PreparedData:
-    """Write the shards that are not there yet; Ray has to be running.
+    """Write the shards that are not there yet, and the report; Ray has to be running.
 
     Raises:
-        UserError: images that cannot be used; no half-made data set is left behind.
+        UserError: images that cannot be used, or a shard that is damaged; no half-made data set is left behind.
     """
+    findings = []
     for split in (checked.training, checked.validation):
         if split.is_there:
             say(f"data: {split.name} shards are there: {read_manifest(split.folder).num_rows} images in {split.folder}")
+            if config.data.verify_shards:
+                verify_shards(split.folder, _progress_lines(f"comparing {split.name} shards", "shards", say))
         else:
-            manifest = _write_split(config, split, checked.class_map, say)
+            manifest = _write_split(config, checked, split, say)
             say(f"data: wrote {split.name} shards: {manifest.num_rows} images to {split.folder}")
+        if storage.exists(storage.join(split.folder, preflight.FINDINGS)):  # shards may be brought without them
+            findings.append(read_findings(split.folder))
+    written = not (checked.training.is_there and checked.validation.is_there)
+    if len(findings) == 2 and (written or not has_report(checked.folder, config.model.anchors)):
+        write_report(checked.folder, findings, config.model.anchors)
     return PreparedData(checked.training.folder, checked.validation.folder)
 
 
-def _check_split(name: str, folder: str, key: str, files: Sequence[CocoFile], class_map: ClassMap) -> CheckedSplit:
-    split = CheckedSplit(name, folder, key, _holds(folder, key), [], [], [])
+def _check_split(
+    config: ExperimentConfig,
+    name: str,
+    parent: str,
+    key: str,
+    files: Sequence[CocoFile],
+    class_map: ClassMap,
+    stamps: dict[str, dict[str, str]],
+) -> CheckedSplit:
+    folder = storage.join(parent, name)
+    files_key = _files_key(files, stamps)
+    split = CheckedSplit(name, folder, key, files_key, _holds(folder, key, files_key))
     for index, file in enumerate(files if not split.is_there else []):
         class_of_category, active_class_ids = classes_of_source(file, class_map)
-        category_of_class = {class_id: category for category, class_id in class_of_category.items()}
-        records, dropped = check_records(file, index, class_map)
-        check_files_exist(file, records)
-        split.records.extend(records)
-        split.dropped.extend(dropped)
+        category_of_class = {class_id: category for category, class_id in reversed(class_of_category.items())}
+        found = check_records(file, index, class_map, config.data.policies, stamps[file.images_folder])
+        split.files.append(file)
+        split.records.extend(found.records)
+        split.problems.extend(found.problems)
+        split.quarantined.extend(found.quarantined)
         split.sources.append(
             Source(file.path, tuple(active_class_ids), tuple(category_of_class[c] for c in active_class_ids))
         )
     return split
 
 
-def _holds(folder: str, key: str) -> bool:
-    """Whether a folder has complete shards of this content."""
-    return storage.exists(storage.join(folder, MANIFEST)) and read_manifest(folder).content_key == key
+def _files_key(files: Sequence[CocoFile], stamps: dict[str, dict[str, str]]) -> str:
+    """Digest of names, sizes and times of the image files: another one means that images may have changed."""
+    digest = hashlib.sha256()
+    for file in files:
+        present = stamps[file.images_folder]
+        for image in file.images:
+            name = image.get("file_name")
+            digest.update(f"{name} {present.get(name) if isinstance(name, str) else None}\n".encode())
+    return digest.hexdigest()
 
 
-def _write_split(config: ExperimentConfig, split: CheckedSplit, class_map: ClassMap, say: Say) -> Manifest:
+def _holds(folder: str, key: str, files_key: str) -> bool:
+    """Whether a folder has complete shards of this content, as far as can be told without reading them."""
+    if not all(storage.exists(storage.join(folder, name)) for name in (MANIFEST, preflight.FINDINGS)):
+        return False
+    manifest = read_manifest(folder)
+    present = storage.list_files(folder)
+    return (
+        manifest.content_key == key
+        and manifest.files_key == files_key
+        and all(shard["name"] in present for shard in manifest.shards)
+    )
+
+
+def _raise_first_error(config: ExperimentConfig, checked: CheckedData, say: Say) -> None:
+    """Stop where a record has a problem with the policy `error`, and write all that was found into the report."""
+    for split in (checked.training, checked.validation):
+        for index, file in enumerate(split.files):
+            problems = [problem for problem in split.problems if problem.source == index]
+            missing = [p for p in problems if p.kind == "missing_file" and p.policy == "error"]
+            try:
+                if missing:
+                    first = ", ".join(str(problem.file_name) for problem in missing[:3])
+                    raise PolicyError(
+                        f"{file.images_folder}: {len(missing)} of {len(file.images)} images of {file.path} are not "
+                        f"there ({first}); set data.root or the source's images folder, "
+                        "or choose another --data.policies.missing_file",
+                        problems,
+                    )
+                raise_errors(f"{file.path}: ", problems)
+            except PolicyError as error:
+                _report_failure(config, checked, {split.name: (str(error), split.problems)}, say)
+                raise
+
+
+def _report_failure(
+    config: ExperimentConfig, checked: CheckedData, stopped: dict[str, tuple[str, list[Problem]]], say: Say
+) -> None:
+    """Write the report of data that are refused: to mend them, one wants to see everything at once."""
+    findings = []
+    for split in (checked.training, checked.validation):
+        if split.is_there:
+            findings.append(read_findings(split.folder))
+            continue
+        why, problems = stopped.get(split.name, ("the other split has problems", split.problems))
+        findings.append(_findings(config, checked, split, split.records, problems, split.quarantined, why))
+    write_report(checked.folder, findings, config.model.anchors)
+    say(f"data: what was found stands in {storage.join(checked.folder, preflight.PAGE)}")
+
+
+def _findings(
+    config: ExperimentConfig,
+    checked: CheckedData,
+    split: CheckedSplit,
+    records: Sequence[ImageRecord],
+    problems: Sequence[Problem],
+    quarantined: list[Quarantined],
+    stopped: str | None = None,
+    objects: Objects | None = None,
+) -> Findings:
+    names = checked.class_map.names
+    report = describe(
+        split.name, split.num_read, records, problems, quarantined, names, [f.path for f in split.files], stopped
+    )
+    tiles = make_tiles(records, problems, names, [file.images_folder for file in split.files])
+    nothing = Objects(np.zeros((0, 4)), np.zeros((0, 2), dtype=np.int64))
+    return Findings(report, tiles, quarantined, nothing if objects is None else objects)
+
+
+def _write_split(config: ExperimentConfig, checked: CheckedData, split: CheckedSplit, say: Say) -> Manifest:
     existed = storage.exists(split.folder)
+    contents = Contents(
+        checked.class_map.names,
+        split.sources,
+        RowSettings.of(config.data),
+        config.data.rows_per_shard,
+        split.key,
+        split.files_key,
+    )
+    counts = [sum(entry.level == level for entry in split.quarantined) for level in ("image", "annotation")]
     try:
-        manifest = write_shards(
-            split.folder,
-            split.records,
-            class_map.names,
-            split.sources,
-            config.data.canvases,
-            config.data.rows_per_shard,
-            [asdict(entry) for entry in split.dropped],
-            split.key,
-            _progress_lines(split, say),
+        show = _progress_lines(f"{split.name} shards", "images", say)
+        written = write_shards(
+            split.folder, split.records, contents, (counts[0], counts[1]), lambda done: show(done, len(split.records))
         )
-    except BaseException:
+    except Exception as error:
         if not existed:
             storage.delete_folder(split.folder)
+        if isinstance(error, PolicyError):
+            _report_failure(config, checked, {split.name: (str(error), split.problems + error.problems)}, say)
         raise
-    if manifest.dropped:
-        say(f"data: left out annotations: {count_reasons([Dropped(**entry) for entry in manifest.dropped])}")
-    return manifest
+    problems = split.problems + written.problems
+    quarantined = split.quarantined + written.quarantined
+    objects = boxes_on_canvas(written.records, written.objects, config.data.canvases, config.data.short_side)
+    found = _findings(config, checked, split, written.records, problems, quarantined, None, objects)
+    write_findings(split.folder, found)
+    if problems:
+        say(f"data: {split.name} problems: {_in_words(count_kinds(problems))}")
+    if quarantined:
+        say(f"data: {split.name} quarantine: {_in_words(count_kinds(quarantined))}")
+    return written.manifest
 
 
-def _progress_lines(split: CheckedSplit, say: Say) -> Callable[[int], None]:
-    """Says now and then how far the writing of shards has come."""
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in counts.items())
+
+
+def _progress_lines(what: str, unit: str, say: Say) -> Callable[[int, int], None]:
+    """Says now and then how far it has come."""
     started = said = time.monotonic()
 
-    def show(done: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal said
         now = time.monotonic()
         if now - said >= PROGRESS_SECONDS:
             said = now
-            left = duration((now - started) / max(done, 1) * (len(split.records) - done))
-            say(f"data: {split.name} shards: {done} of {len(split.records)} images, {left} left")
+            left = duration((now - started) / max(done, 1) * (total - done))
+            say(f"data: {what}: {done} of {total} {unit}, {left} left")
 
     return show
 
@@ -203,7 +333,12 @@ def _content_key(config: ExperimentConfig, files: Sequence[CocoFile], class_map:
     options = {
         "format_version": FORMAT_VERSION,
         "canvases": config.data.canvases,
+        "short_side": config.data.short_side,
+        "resize_method": config.data.resize_method,
         "rows_per_shard": config.data.rows_per_shard,
+        "image_format": config.data.image_format,
+        "jpeg_quality": config.data.jpeg_quality if config.data.image_format == "jpeg" else None,
+        "policies": config.data.policies.model_dump(),
         "class_names": class_map.names,
     }
     digest.update(json.dumps(options, sort_keys=True).encode())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from model.resize import resize_bilinear
 
@@ -18,6 +19,11 @@ UInt8Array = npt.NDArray[np.uint8]
 
 class ImageProblem(Exception):  # noqa: N818 - it describes the image, and is collected rather than shown as a crash
     """Why an image cannot be used."""
+
+    def __init__(self, reason: str, kind: str = "unreadable_image") -> None:
+        super().__init__(reason)
+        self.kind = kind
+        """Of the policies in `PolicySettings`."""
 
 
 def decode_image(content: bytes, height: int | None = None, width: int | None = None) -> UInt8Array:
@@ -47,14 +53,26 @@ def decode_image(content: bytes, height: int | None = None, width: int | None = 
             array = _to_rgb(chosen)
     except UnidentifiedImageError as error:  # its message names a place in memory
         raise ImageProblem("cannot be decoded (no image format that Pillow knows)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageProblem(f"is refused ({error})", "decompression_bomb") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ImageProblem(f"cannot be decoded ({error})") from error
     if height is not None and array.shape[:2] != (height, width):
         found = f"{array.shape[1]} x {array.shape[0]}"
         exchanged = array.shape[:2] == (width, height)
         hint = "; height and width are exchanged: has the file lost its EXIF orientation?" if exchanged else ""
-        raise ImageProblem(f"is {found} pixels, its annotations say {width} x {height}{hint}")
+        raise ImageProblem(f"is {found} pixels, its annotations say {width} x {height}{hint}", "size_mismatch")
     return array
+
+
+def exif_orientation(content: bytes) -> int:
+    """EXIF orientation of an image file that can be decoded, 1 (upright) to 8; 1 where it has none."""
+    with Image.open(io.BytesIO(content)) as image:
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except (OSError, SyntaxError, ValueError):  # a damaged EXIF block
+            return 1
+    return orientation if isinstance(orientation, int) and 2 <= orientation <= 8 else 1
 
 
 def image_to_rgb(image: Image.Image) -> UInt8Array:
@@ -71,18 +89,22 @@ def _to_rgb(image: Image.Image) -> UInt8Array:
     return np.array(image.convert("RGB"))
 
 
-def choose_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+def choose_canvas(
+    height: int, width: int, canvases: Sequence[tuple[int, int]], short_side: int | None = None
+) -> tuple[int, int, int]:
     """The canvas on which an image comes out largest, and its size there.
 
     Args:
         height: rows of the original image.
         width: columns of the original image.
         canvases: (rows, columns) of each; the first of equals is taken.
+        short_side: pixels that the shorter side of the resized image has at most.
 
     Returns:
         Index of the canvas, and rows and columns of the resized image, at least 1 and at most the canvas's.
     """
-    scales = [min(rows / height, columns / width) for rows, columns in canvases]
+    most = math.inf if short_side is None else short_side / min(height, width)
+    scales = [min(rows / height, columns / width, most) for rows, columns in canvases]
     index = int(np.argmax(scales))
     rows, columns = canvases[index]
     return (

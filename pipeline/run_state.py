@@ -16,9 +16,12 @@ RUN_FILE, RESULT_FILE = "run.json", "result.json"
 MAY_CHANGE = (
     "train.epochs",
     "train.max_steps",
+    "train.target_",
+    "train.patience",
     "train.evaluate_every_epochs",
     "train.log_every_steps",
-    "train.batch_size_per_worker",  # together with the workers, see `check_unchanged`
+    "train.batch_size_per_worker",  # together with the passes and the workers, see `check_unchanged`
+    "train.accumulation_steps",
     "scaling.",
     "checkpoints.",
     "data.root",  # where the same data lie is checked by their digest
@@ -101,10 +104,12 @@ def check_unchanged(state: RunState, config: ExperimentConfig, folder: str) -> N
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
     ]
-    old_size = state.config["train"]["batch_size_per_worker"] * state.config["scaling"]["num_workers"]
+    old = state.config["train"]
+    old_size = old["batch_size_per_worker"] * old.get("accumulation_steps", 1) * state.config["scaling"]["num_workers"]
     if old_size != config.global_batch_size:
         changes.append(
-            f"global batch (train.batch_size_per_worker * scaling.num_workers) {old_size} -> {config.global_batch_size}"
+            "global batch (train.batch_size_per_worker * train.accumulation_steps * scaling.num_workers) "
+            f"{old_size} -> {config.global_batch_size}"
         )
     if changes:
         raise UserError(

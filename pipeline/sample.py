@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from model.structures import Batch
-from pipeline.preprocess import UInt8Array, num_mask_bytes, unpack_mask
+from pipeline.preprocess import UInt8Array, minimise_mask, num_mask_bytes, unpack_mask
 
 MIN_GROUND_TRUTH_SLOTS = 8
 """Slots are a power of two and at least these, so that few shapes occur."""
@@ -105,6 +106,21 @@ def sample_to_values(sample: Sample) -> dict[str, Any]:
         "mask_sizes": sample.mask_sizes.ravel(),
         "mask_bits": sample.mask_bits.tobytes(),
     }
+
+
+def with_mini_masks(sample: Sample, size: int) -> Sample:
+    """The sample with every mask reduced to a square of so many pixels inside its box, as the original does."""
+    masks = [
+        minimise_mask(unpack_mask(bits, int(height), int(width)), size)
+        for bits, (height, width) in zip(
+            np.split(sample.mask_bits, mask_offsets(sample.mask_sizes)[1:-1]), sample.mask_sizes, strict=False
+        )
+    ]
+    return dataclasses.replace(
+        sample,
+        mask_sizes=np.full_like(sample.mask_sizes, size),
+        mask_bits=np.concatenate([np.packbits(mask) for mask in masks]) if masks else sample.mask_bits,
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Any]], active_classes: npt.NDArray[np.bool_]) -> Batch:

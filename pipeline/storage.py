@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import lru_cache
 
 from pyarrow import fs as arrow_fs
 
 from pipeline.errors import UserError
+
+_BUCKETS = ("s3", "gs", "gcs")
 
 
 def is_url(path: str) -> bool:
@@ -26,8 +29,9 @@ def absolute(path: str, root: str = ".") -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """A file in a folder, for paths and URLs alike."""
-    return f"{folder.rstrip('/')}/{name}"
+    """A file in a folder, for paths and URLs alike; the options of a URL (`?endpoint_override=...`) stay at its end."""
+    place, mark, options = folder.partition("?") if is_url(folder) else (folder, "", "")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
 
 
 def open_filesystem(path: str) -> tuple[arrow_fs.FileSystem, str]:
@@ -38,11 +42,23 @@ def open_filesystem(path: str) -> tuple[arrow_fs.FileSystem, str]:
     """
     if not is_url(path):
         return arrow_fs.LocalFileSystem(), os.path.abspath(path)
+    scheme, _, rest = path.partition("://")
+    place, mark, options = rest.partition("?")
     try:
-        filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+        if scheme not in _BUCKETS:
+            filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+            return filesystem, inner
+        bucket = place.partition("/")[0]
+        return _bucket_filesystem(f"{scheme}://{bucket}{mark}{options}"), place.rstrip("/")
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
-    return filesystem, inner
+
+
+@lru_cache(maxsize=16)
+def _bucket_filesystem(url: str) -> arrow_fs.FileSystem:
+    """File system of a bucket; connecting takes several round trips, so a process keeps it."""
+    filesystem, _ = arrow_fs.FileSystem.from_uri(url)
+    return filesystem
 
 
 def exists(path: str) -> bool:
@@ -91,10 +107,19 @@ def delete_file(path: str) -> None:
 
 def list_files(folder: str) -> set[str]:
     """Paths, relative to a folder, of all files below it; empty where there is no such folder."""
+    return set(list_stamps(folder))
+
+
+def list_stamps(folder: str) -> dict[str, str]:
+    """Of every file below a folder, by its path relative to it, what changes when it is written: size and time."""
     filesystem, inner = open_filesystem(folder)
     selector = arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True)
     prefix = len(inner.rstrip("/")) + 1
-    return {info.path[prefix:] for info in filesystem.get_file_info(selector) if info.type == arrow_fs.FileType.File}
+    return {
+        info.path[prefix:]: f"{info.size} {info.mtime_ns}"
+        for info in filesystem.get_file_info(selector)
+        if info.type == arrow_fs.FileType.File
+    }
 
 
 def delete_folder(folder: str) -> None:

@@ -1,6 +1,7 @@
 """The stream: a planned order of rows, the same on any number of workers.
 
-Epoch e has an order drawn from (seed, e): shards shuffled, then rows within windows of shards. The run is the
+Epoch e has an order drawn from (seed, e): shards shuffled, then rows within windows of shards; a row stands in it once,
+or as often as its repeats say. The run is the
 concatenation of its epochs; step s takes the positions s * G to (s + 1) * G of it, G the global batch. Batches may span
 epochs; nothing is padded and nothing dropped. Where there are several canvases, rows of a canvas gather until they fill
 a step, across epochs. A place in the stream is one number, the step.
@@ -25,14 +26,18 @@ import pyarrow as pa
 from model.structures import Batch
 from pipeline.augment import augment
 from pipeline.config import AugmentSettings
-from pipeline.sample import SAMPLE_SCHEMA, collate, sample_from_row, sample_to_values
+from pipeline.copy_paste import copy_paste
+from pipeline.errors import UserError
+from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, sample_from_row, sample_to_values, with_mini_masks
+from pipeline.sampling import Float64Array, Int64Array, repeat_counts, rows_an_epoch
 from pipeline.shards import ShardSet
-
-Int64Array = npt.NDArray[np.int64]
 
 MAX_STEPS_PER_BLOCK = 50
 SCHEDULING_PAUSE_SECONDS = 0.02
 MAX_BLOCK_BYTES = 32 * 1024 * 1024
+FURTHER_PLACE = 1 << 32
+PASTED_SHARE = 0.5  # of the objects of a copy-paste partner
+_PARTNER = 1  # tells the draws for the partner from those for the row itself
 _PLAN_SCHEMA = pa.schema([("position", pa.int64()), ("epoch", pa.int64()), ("row", pa.int64())])
 
 
@@ -48,29 +53,38 @@ class StreamPlan:
     global_batch_size: int
     """G."""
     seed: int
+    row_repeats: Float64Array | None = None
+    """(num_rows,) mean number of places of every row in an epoch, see `pipeline.sampling`; None for one each."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of an epoch."""
-        return len(self.row_canvases)
+        """Places in an epoch."""
+        return len(self.row_canvases) if self.row_repeats is None else rows_an_epoch(self.row_repeats)
 
     def steps_of_epochs(self, epochs: float) -> int:
         """Steps that take the rows of the given number of epochs (with several canvases some of them still wait)."""
         return math.ceil(round(epochs * self.num_rows, 6) / self.global_batch_size)
 
     def epoch_order(self, epoch: int) -> Int64Array:
-        """(num_rows,) rows of one epoch in their order: a permutation, drawn from (seed, epoch)."""
+        """(num_rows,) rows of one epoch in their order, drawn from (seed, epoch); without repeats a permutation."""
         rng = np.random.default_rng([self.seed, epoch])
-        shards = rng.permutation(math.ceil(self.num_rows / self.rows_per_shard))
+        stored_rows = len(self.row_canvases)
+        shards = rng.permutation(math.ceil(stored_rows / self.rows_per_shard))
+        counts = None if self.row_repeats is None else repeat_counts(self.row_repeats, rng)
         windows = []
         for start in range(0, len(shards), self.shuffle_window):
             first_rows = shards[start : start + self.shuffle_window, None] * self.rows_per_shard
             rows = (first_rows + np.arange(self.rows_per_shard)).ravel()
-            windows.append(rng.permutation(rows[rows < self.num_rows]))
+            rows = rows[rows < stored_rows]
+            windows.append(rng.permutation(rows if counts is None else np.repeat(rows, counts[rows])))
         return np.concatenate(windows)
 
     def steps(self, first_step: int, last_step: int) -> Iterator[tuple[int, Int64Array, Int64Array]]:
-        """Step, epochs (G,) and rows (G,) for first_step <= step < last_step; all rows of a step share a canvas."""
+        """Step, epochs (G,) and rows (G,) for first_step <= step < last_step; all rows of a step share a canvas.
+
+        The k-th further place of a row in an epoch has the epoch's number plus k * `FURTHER_PLACE`, so that each place
+        has random draws of its own.
+        """
         step, epoch = 0, 0
         waiting: dict[int, tuple[Int64Array, Int64Array]] = {}  # canvas to epochs and rows that fill no step yet
         while step < last_step:
@@ -85,13 +99,14 @@ class StreamPlan:
     ) -> list[tuple[Int64Array, Int64Array]]:
         """Steps that fill up in the course of one epoch, in the order in which they do; `waiting` is carried on."""
         order = self.epoch_order(epoch)
+        numbers = epoch + FURTHER_PLACE * _occurrences(order)
         size = self.global_batch_size
         filled: list[tuple[int, Int64Array, Int64Array]] = []
         for canvas in np.unique(self.row_canvases):
             places = np.flatnonzero(self.row_canvases[order] == canvas)
             nothing = np.empty(0, dtype=np.int64)
             old_epochs, old_rows = waiting.get(int(canvas), (nothing, nothing))
-            epochs = np.concatenate([old_epochs, np.full(len(places), epoch, dtype=np.int64)])
+            epochs = np.concatenate([old_epochs, numbers[places]])
             rows = np.concatenate([old_rows, order[places]])
             num_steps = len(rows) // size
             for index in range(num_steps):
@@ -101,6 +116,16 @@ class StreamPlan:
             waiting[int(canvas)] = (epochs[num_steps * size :], rows[num_steps * size :])
         filled.sort(key=lambda entry: entry[0])
         return [(epochs, rows) for _, epochs, rows in filled]
+
+
+def _occurrences(order: Int64Array) -> Int64Array:
+    """How often the row of each place stood before it."""
+    by_row = np.argsort(order, kind="stable")
+    rows = order[by_row]
+    starts = np.searchsorted(rows, rows, side="left")
+    occurrences = np.empty_like(order)
+    occurrences[by_row] = np.arange(len(order)) - starts
+    return occurrences
 
 
 def planned_blocks(
@@ -171,6 +196,8 @@ class LoadBlock:
     """Of the shards that the plan was made for."""
     augment_settings: AugmentSettings
     seed: int
+    mini_masks: int | None = None
+    """Pixels a side that masks are reduced to, see `DataSettings`."""
 
     def __call__(self, table: Any) -> Any:
         """Read, augment and lay out the planned rows."""
@@ -181,9 +208,12 @@ class LoadBlock:
     def load(self, shards: ShardSet, position: int, epoch: int, row: int) -> dict[str, Any]:
         """One planned row, a function of (seed, epoch, row)."""
         values = shards.read_row(row)
+        canvas_height, canvas_width = canvas = shards.manifest.canvases[values["canvas"]]
         rng = np.random.default_rng([self.seed, epoch, row])
-        sample = augment(sample_from_row(values), self.augment_settings, rng)
-        canvas_height, canvas_width = shards.manifest.canvases[values["canvas"]]
+        sample = augment(sample_from_row(values), self.augment_settings, rng, canvas)
+        sample = self._paste(shards, sample, values["source"], canvas, epoch, row)
+        if self.mini_masks is not None:
+            sample = with_mini_masks(sample, self.mini_masks)
         return {
             "position": position,
             "row": row,
@@ -193,6 +223,19 @@ class LoadBlock:
             "canvas_width": canvas_width,
             **sample_to_values(sample),
         }
+
+    def _paste(
+        self, shards: ShardSet, sample: Sample, source: int, canvas: tuple[int, int], epoch: int, row: int
+    ) -> Sample:
+        """With objects of the row that is the partner of this one in this epoch, if it has one."""
+        rng = np.random.default_rng([self.seed, epoch, row, _PARTNER])
+        if rng.random() >= self.augment_settings.copy_paste:
+            return sample
+        values = shards.read_row(int(rng.integers(len(shards))))
+        if values["source"] != source:  # it may have labelled other classes
+            return sample
+        partner = augment(sample_from_row(values), self.augment_settings, rng, canvas)
+        return copy_paste(sample, partner, rng.random(len(partner.classes)) < PASTED_SHARE)
 
 
 class PauseBetweenSteps:
@@ -252,23 +295,41 @@ class PlannedBatches:
     """Rank of this worker."""
     batch_size_per_worker: int
     num_workers: int
+    accumulation_steps: int = 1
+    """Batches that a step is cut into."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """One batch for each step from first_step to last_step.
+        """Batches of each step from first_step to last_step, one after the other.
 
         Raises:
+            UserError: a row is damaged.
             RuntimeError: Ray Data delivered rows of another place in the plan, or too few.
         """
-        size, step = self.batch_size_per_worker, self.first_step
-        for table in self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
-            first = (step * self.num_workers + self.worker) * size
+        size, part = self.batch_size_per_worker, self.first_step * self.accumulation_steps
+        for table in self._tables(size):
+            step, index = divmod(part, self.accumulation_steps)
+            first = ((step * self.num_workers + self.worker) * self.accumulation_steps + index) * size
             positions = table["position"].to_pylist()
             if positions != list(range(first, first + size)):
                 raise RuntimeError(f"worker {self.worker}, step {step}: rows of positions {positions}, not {first} on")
             yield collate(table_rows(table), self.active_classes)
-            step += 1
-        if step != self.last_step:
+            part += 1
+        if part != self.last_step * self.accumulation_steps:
+            step = part // self.accumulation_steps
             raise RuntimeError(f"worker {self.worker}: the stream ended before step {step}, not {self.last_step}")
+
+    def _tables(self, size: int) -> Iterator[Any]:
+        """What Ray Data delivers; a user's error in one of its tasks comes out as what it was."""
+        import ray
+
+        try:
+            yield from self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2)
+        except ray.exceptions.RayTaskError as error:
+            mark = f"{UserError.__module__}.{UserError.__qualname__}: "
+            told = [line.partition(mark)[2] for line in str(error).splitlines() if mark in line]
+            if not told:
+                raise
+            raise UserError(told[-1]) from error
 
 
 def table_rows(table: Any) -> list[Mapping[str, Any]]:

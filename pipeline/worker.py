@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
+from model.synchronised_norm import synchronise_norms
 from pipeline.checkpoint import (
+    AVERAGE_FILE,
     Description,
     check_same_classes,
     load_model_state,
@@ -23,15 +25,28 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.config import ExperimentConfig
+from pipeline.ema import averaged_copy, update_average
+from pipeline.errors import UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
+from pipeline.freezing import freeze
 from pipeline.initial_weights import load_initial_weights
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
+from pipeline.sampling import row_repeats, rows_an_epoch
 from pipeline.shards import ShardSet
+from pipeline.stopping import JUDGED_METRICS, stop_reason
 from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
-from pipeline.training import STEP_METRICS, NonFiniteLossError, autocast_dtype, check_finite, train_step
+from pipeline.training import (
+    STEP_METRICS,
+    NonFiniteLossError,
+    autocast_dtype,
+    check_finite,
+    compress_gradients,
+    gradient_scaler,
+    train_step,
+)
 
 NUM_PICTURES = 4
 EVALUATION_BATCH_SIZE = 8
@@ -39,13 +54,26 @@ MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a mill
 
 
 def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
-    """Order of the training rows."""
+    """Order of the training rows.
+
+    Raises:
+        UserError: no row is left to train on.
+    """
+    repeats = None
+    if config.data.repeat_threshold > 0 or config.data.empty_images_fraction < 1:
+        classes = [
+            values["classes"][~values["is_crowd"].astype(bool)] for values in shards.read_rows(range(len(shards)))
+        ]
+        repeats = row_repeats(classes, config.data.repeat_threshold, config.data.empty_images_fraction)
+        if rows_an_epoch(repeats) < 1:
+            raise UserError("no training image has an object; keep some with data.empty_images_fraction")
     return StreamPlan(
         shards.manifest.row_canvases(),
         config.data.rows_per_shard,
         config.data.shuffle_window,
         config.global_batch_size,
         config.train.seed,
+        repeats,
     )
 
 
@@ -116,12 +144,19 @@ class Worker:
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
         self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
+        self.scaler = gradient_scaler(self.dtype, self.device.type)
         torch.manual_seed(self.config.train.seed)  # initial weights; all later draws are functions of the plan
         self.model = MaskRCNN(self.config.model, self.shards.manifest.num_classes)
+        if self.config.train.synchronise_norms:
+            synchronise_norms(self.model)
         self.model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        freeze(self.model, self.config.train.trainable_layers)
         self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.averaged = averaged_copy(self.model) if self.config.optim.ema_decay is not None else None
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.evaluations: list[dict[str, float]] = []
+        self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
         self.gloo = self._object_group()
 
@@ -133,24 +168,33 @@ class Worker:
         if checkpoint is None:
             if self.initial_weights is not None:
                 load_initial_weights(self.initial_weights, self.model)
+                if self.averaged is not None:
+                    load_initial_weights(self.initial_weights, self.averaged)
             return
         with checkpoint.as_directory() as folder:
             description = read_description(folder)
             check_same_classes(description, list(self.shards.manifest.class_names), folder)
             load_model_state(folder, self.model)
             load_optimizer_state(folder, self.optimizer)
+            if self.averaged is not None:
+                load_model_state(folder, self.averaged, AVERAGE_FILE)
+            if description.gradient_scaler:
+                self.scaler.load_state_dict(description.gradient_scaler)
         self.step, self.metrics = description.step, description.metrics
+        self.evaluations = description.evaluations
+        self.stopped = stop_reason(self.evaluations, self.config.train)
         self.speed_before = description.images_per_second
 
     def train(self) -> None:
         """Step through the rest of the plan."""
-        if self.step >= self.last_step:
+        if self.step >= self.last_step or self.stopped:
             if not self.metrics:
                 self._evaluate()
             return
         import ray.train.torch
 
         parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
+        compress_gradients(parallel, self.config.train.gradient_compression)
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
@@ -158,15 +202,13 @@ class Worker:
         fetched: list[Tensor] = []
         pace = _Pace()
         batches = self._batches()
-        while self.step < self.last_step:
+        while self.step < self.last_step and not self.stopped:
             waiting_since = time.monotonic()
-            batch = next(batches)
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device)
+            of_step = [self._on_device(next(batches)) for _ in range(self.config.train.accumulation_steps)]
             pace.waited += time.monotonic() - waiting_since
-            fetched.append(
-                train_step(parallel, batch, self.optimizer, self.config, self.step, self.last_step, self.dtype)
-            )
+            fetched.append(self._train_step(parallel, of_step))
+            if self.averaged is not None and self.config.optim.ema_decay is not None:
+                update_average(self.averaged, self.model, self.step, self.config.optim.ema_decay)
             self.step += 1
             pace.steps += 1
             if self.step not in checkpoints and self.step % self.config.train.log_every_steps:
@@ -179,16 +221,29 @@ class Worker:
                 self._checkpoint(evaluated=self.step in evaluations)
                 checkpointed_at = time.monotonic()
             fetched, pace = [], _Pace()
-        if next(batches, None) is not None:
+        if not self.stopped and next(batches, None) is not None:
             raise RuntimeError("the stream goes on after the last step")
+
+    def _train_step(self, parallel: nn.Module, batches: list[Batch]) -> Tensor:
+        arguments = (self.optimizer, self.config, self.step, self.last_step, self.dtype, self.scaler)
+        return train_step(parallel, batches, *arguments)
 
     def summary(self) -> dict[str, Any]:
         """How far and how fast it went."""
-        return {"steps": self.step, "images_per_second": round(self._speed(), 2), "metrics": self.metrics}
+        return {
+            "steps": self.step,
+            "images_per_second": round(self._speed(), 2),
+            "metrics": self.metrics,
+            "stopped": self.stopped,
+        }
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
 
     def _batches(self) -> Iterator[Batch]:
         """Batches of this worker from the present step to the last."""
-        per_block = steps_per_block(self.shards.manifest.canvases, self.config.train.batch_size_per_worker)
+        images = self.config.train.batch_size_per_worker * self.config.train.accumulation_steps
+        per_block = steps_per_block(self.shards.manifest.canvases, images)
         steps = max(1, MAX_BLOCKS_PER_STREAM // self.num_workers) * per_block
         for first_step in range(self.step, self.last_step, steps):
             yield from self._stream(first_step, min(first_step + steps, self.last_step), per_block)
@@ -205,7 +260,9 @@ class Worker:
             manifest = self.shards.manifest
             settings = self.config.train
             blocks = planned_blocks(self.plan, first_step, last_step, self.num_workers, per_block)
-            load = LoadBlock(self.data.training, manifest.digest, self.config.augment, settings.seed)
+            load = LoadBlock(
+                self.data.training, manifest.digest, self.config.augment, settings.seed, self.config.data.mini_masks
+            )
             store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
             iterators = split_stream(blocks, load, self.num_workers, self.cpus_for_data, store_bytes)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
@@ -217,6 +274,7 @@ class Worker:
             self.rank,
             self.config.train.batch_size_per_worker,
             self.num_workers,
+            self.config.train.accumulation_steps,
         )
 
     def _log_steps(self, fetched: list[Tensor], pace: _Pace, overdue: bool) -> bool:
@@ -239,13 +297,14 @@ class Worker:
             values /= self.num_workers
         images_per_second = pace.steps * self.config.global_batch_size / seconds
         rows = values.tolist()
+        schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
         for offset, row in enumerate(rows):
             check_finite(row, first_step + offset)
             self._log(
                 first_step + offset + 1,
                 {
                     **dict(zip(STEP_METRICS, row, strict=True)),
-                    "learning_rate": learning_rate(first_step + offset, self.last_step, self.config.optim),
+                    "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
                     "images_per_second": images_per_second,
                     "data_wait_fraction": pace.waited / seconds,
                 },
@@ -262,10 +321,10 @@ class Worker:
         """COCO AP on the validation rows, shared out among the workers."""
         if self.num_workers > 1:
             # Norm statistics are each worker's own since the last forward pass; rank 0's go into the checkpoint.
-            for buffer in self.model.buffers():
+            for buffer in [*self.model.buffers(), *(self.averaged.buffers() if self.averaged else ())]:
                 torch.distributed.broadcast(buffer, src=0)
         rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
-        seen = evaluate_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
+        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
         everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
         if self.num_workers > 1:
             torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
@@ -280,10 +339,16 @@ class Worker:
         if self.num_workers > 1:
             torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
         self.metrics = message[0]
+        self.evaluations.append({name: self.metrics[name] for name in JUDGED_METRICS})
+        self.stopped = stop_reason(self.evaluations, self.config.train)
         self._log(self.step, {**self.metrics, "epoch": self._epoch()})
         if self.tracker is not None:
             self._show(evaluated=self.metrics)
             self._draw_pictures()
+
+    def _judged(self) -> MaskRCNN:
+        """The weights that are evaluated and predicted with."""
+        return self.averaged or self.model
 
     def _draw_pictures(self) -> None:
         """The first validation images with objects, predictions beside ground truth, to MLflow."""
@@ -291,9 +356,9 @@ class Worker:
         rows = [row for row, _ in zip(with_objects, range(NUM_PICTURES), strict=False)]
         if not rows or self.tracker is None:
             return
-        self.model.eval()
-        found = list(predict_rows(self.model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype))
-        self.model.train()
+        model = self._judged().eval()
+        found = list(predict_rows(model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype))
+        model.train()
         picture = draw_comparison(found, self.validation.manifest.class_names)
         self.tracker.log_picture.remote(picture, f"step-{self.step:07d}.png")
 
@@ -312,8 +377,10 @@ class Worker:
                 class_names=list(self.shards.manifest.class_names),
                 manifest_digest=self.shards.manifest.digest,
                 config=self.config.model_dump(mode="json"),
+                evaluations=self.evaluations,
+                gradient_scaler=self.scaler.state_dict(),
             )
-            write_checkpoint(folder, self.model, self.optimizer, description)
+            write_checkpoint(folder, self.model, self.optimizer, description, self.averaged)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         score = self.metrics["segm_AP"] if evaluated else -1.0  # what was not evaluated is never the best
         ray.train.report(

@@ -90,7 +90,7 @@ def write_small_experiment(folder: Path, **changes: dict[str, Any]) -> Path:
         "run": {"name": "small", "storage_path": str(folder / "runs")},
     }
     for section, values in changes.items():
-        settings[section] = {**settings[section], **values}
+        settings[section] = {**settings.get(section, {}), **values}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

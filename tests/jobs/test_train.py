@@ -113,7 +113,10 @@ def test_another_global_batch_is_refused_and_named(trained: Outcome, config: str
     assert trained.exit_code == 0
     outcome = run_job("train", "--config", config, "--scaling.num_workers", "1")
     assert outcome.exit_code == 1
-    assert "global batch (train.batch_size_per_worker * scaling.num_workers) 4 -> 2" in outcome.errors
+    assert (
+        "global batch (train.batch_size_per_worker * train.accumulation_steps * scaling.num_workers) 4 -> 2"
+        in outcome.errors
+    )
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained: Outcome, config: str, folder: Path) -> None:

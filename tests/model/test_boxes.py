@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from model.boxes import (
     box_area,
     clip_boxes,
     decode_boxes,
     encode_boxes,
+    generalized_iou,
     last_pixel_inside,
     last_pixel_outside,
     pairwise_iou,
@@ -152,3 +153,18 @@ def test_nothing_in_nothing_out() -> None:
     assert decode_boxes(none, none, SCALE).shape == (0, 4)
     assert clip_boxes(none, torch.tensor([0, 0, 5, 5])).shape == (0, 4)
     assert clip_boxes(torch.zeros(2, 0, 4), torch.tensor([[0, 0, 5, 5], [0, 0, 6, 6]])).shape == (2, 0, 4)
+
+
+def test_generalized_iou_by_hand_and_as_torchvision_has_it() -> None:
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 1, 1]])
+    others = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3], [0, 0, 4, 1], [3, 0, 4, 1]])
+    # Equal; a quarter each of 1 in 7 with a hull of 9; 2 in 6 with a hull of 8; apart, 2 of a hull of 4.
+    expected = torch.tensor([1.0, 1 / 7 - 2 / 9, 2 / 6 - 2 / 8, -2 / 4])
+    torch.testing.assert_close(generalized_iou(boxes, others), expected)
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 50, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
+    torch.testing.assert_close(
+        generalized_iou(*corners), torch.diagonal(generalized_box_iou(*corners)), rtol=1e-4, atol=1e-5
+    )
+    assert generalized_iou(boxes[:0], others[:0]).shape == (0,)
+    assert generalized_iou(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite().all()

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss
 
 from model import losses
+from model.boxes import decode_boxes
 
 LOG_2 = math.log(2)
 
@@ -325,3 +327,40 @@ class TestInactiveByPrediction:
         gradient = torch.autograd.grad(loss, logits)[0]
         assert gradient.any(dim=1).tolist() == [True, False, True, False]
         assert (gradient[[0, 2]] != 0).all()
+
+
+def test_without_a_beta_the_loss_is_plain_l1() -> None:
+    deltas, targets = torch.tensor([[[1.0, -2, 0.25, 0]]]), torch.zeros(1, 1, 4)
+    yes = torch.tensor([[True]])
+    assert losses.rpn_bbox_loss(deltas, targets, yes, yes, beta=0.0).item() == 3.25
+
+
+def test_giou_losses_are_torchvisions_on_the_decoded_boxes() -> None:
+    """The losses see deltas only; any reference box gives the same GIoU."""
+    generator = torch.Generator().manual_seed(2)
+    scale = (0.1, 0.1, 0.2, 0.2)
+    references = torch.rand(2, 6, 2, generator=generator) * 50
+    references = torch.cat([references, references + 5 + 40 * torch.rand(2, 6, 2, generator=generator)], dim=-1)
+    deltas, targets = torch.randn(2, 2, 6, 4, generator=generator)
+    deltas.requires_grad_()
+    positive = torch.tensor([[True, True, False, False, False, False], [True] * 5 + [False]])
+    valid = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    found = losses.rpn_bbox_loss(deltas, targets, positive, valid, beta=1.0, giou_delta_scale=scale)
+    boxes, gt_boxes = (decode_boxes(values, references, scale) for values in (deltas, targets))
+    each = generalized_box_iou_loss(boxes, gt_boxes)  # (2, 6)
+    expected = (each[0, :2].sum() / 4 + each[1, :5].sum() / 6) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found, deltas)
+    assert gradient[positive].abs().sum(dim=-1).gt(0).all()
+    assert gradient[~positive].eq(0).all()
+
+    classes = torch.tensor([2, 0, 1])
+    per_class = torch.randn(3, 3, 4, generator=generator)
+    image_index = torch.tensor([0, 0, 1])
+    everything = torch.ones(3, dtype=torch.bool)
+    found = losses.mrcnn_bbox_loss(
+        per_class, targets[0, :3], classes, everything, image_index, 2, 1.0, giou_delta_scale=scale
+    )
+    boxes = decode_boxes(per_class[[0, 2], [2, 1]], references[0, [0, 2]], scale)
+    each = generalized_box_iou_loss(boxes, decode_boxes(targets[0, [0, 2]], references[0, [0, 2]], scale))
+    torch.testing.assert_close(found, (each[0] / 2 + each[1]) / 2, rtol=1e-4, atol=1e-5)

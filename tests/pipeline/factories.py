@@ -27,9 +27,20 @@ from model.config import (
     RpnConfig,
 )
 from pipeline.coco import Annotation, ClassMap, CocoFile, ImageRecord
-from pipeline.config import AugmentSettings, CocoSource, DataSettings, ExperimentConfig, RunSettings, TrainSettings
+from pipeline.config import (
+    AugmentSettings,
+    CocoSource,
+    DataSettings,
+    ExperimentConfig,
+    PolicySettings,
+    RunSettings,
+    TrainSettings,
+)
 from pipeline.prepare import PreparedData
-from pipeline.shards import ROW_SCHEMA, encode_row
+from pipeline.preprocess import pack_mask
+from pipeline.row_encoding import RowSettings, encode_row
+from pipeline.sample import Sample
+from pipeline.shards import ROW_SCHEMA
 
 Json = dict[str, Any]
 Bitmap = npt.NDArray[np.bool_]
@@ -232,15 +243,30 @@ def record_of(
     return ImageRecord(0, 1, path.name, str(path), height, width, annotations)
 
 
+def row_settings(canvases: Sequence[tuple[int, int]] = CANVASES, policies: dict[str, str] | None = None) -> RowSettings:
+    """Raw images; policies by kind, the others by default."""
+    return RowSettings(tuple(canvases), PolicySettings.model_validate(policies or {}), "raw", 95)
+
+
 def row_of(record: ImageRecord, canvases: Sequence[tuple[int, int]] = CANVASES) -> dict[str, Any]:
     """The row that a record becomes, with the types that `ShardSet.read_row` gives it."""
-    values, _ = encode_row(0, record, canvases)
+    values, _ = encode_row(0, record, row_settings(canvases))
     for field in ROW_SCHEMA:
         if pa.types.is_list(field.type):
             values[field.name] = np.array(values[field.name], dtype=field.type.value_type.to_pandas_dtype())
         elif pa.types.is_large_binary(field.type):
             values[field.name] = np.frombuffer(values[field.name], dtype=np.uint8)
     return values
+
+
+def pack_sample(image: Pixels, bitmaps: Sequence[Bitmap], is_crowd: bool = False) -> Sample:
+    """Objects of classes 1, 2, ... with these bitmaps of the whole image and the boxes of these."""
+    packed = [pack_mask(bitmap) for bitmap in bitmaps]
+    boxes = np.array([box for box, _ in packed], dtype=np.float32).reshape(-1, 4)
+    sizes = np.stack([boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1).astype(np.int32)
+    bits = np.frombuffer(b"".join(bits for _, bits in packed), dtype=np.uint8)
+    classes = np.arange(1, len(packed) + 1, dtype=np.int32)
+    return Sample(image, classes, np.full(len(packed), is_crowd), boxes, boxes.copy(), sizes, bits)
 
 
 def class_map() -> ClassMap:

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from torchvision.transforms import functional as reference
 
-from pipeline.augment import augment, flip
+from pipeline.augment import augment, change_colours, flip
 from pipeline.config import AugmentSettings
 from pipeline.preprocess import unpack_mask
 from pipeline.sample import Sample, mask_offsets, sample_from_row
@@ -123,3 +125,38 @@ def test_input_is_left_alone(sample: Sample) -> None:
     before = {field.name: getattr(sample, field.name).copy() for field in dataclasses.fields(Sample)}
     augment(sample, AugmentSettings(horizontal_flip=1, vertical_flip=1), np.random.default_rng(0))
     assert_same(sample, Sample(**before))
+
+
+def test_colours_change_as_torchvision_changes_them() -> None:
+    pixels = noise(20, 30, seed=4)
+    picture = Image.fromarray(pixels)
+    cases = [
+        (change_colours(pixels, 1.4, 1, 1, 0), reference.adjust_brightness(picture, 1.4)),
+        (change_colours(pixels, 1, 0.6, 1, 0), reference.adjust_contrast(picture, 0.6)),
+        (change_colours(pixels, 1, 1, 0.3, 0), reference.adjust_saturation(picture, 0.3)),
+        (change_colours(pixels, 1, 1, 1, 0.2), reference.adjust_hue(picture, 0.2)),
+        (change_colours(pixels, 1, 1, 1, -0.2), reference.adjust_hue(picture, -0.2)),
+    ]
+    for index, (found, expected) in enumerate(cases):
+        np.testing.assert_array_equal(found, np.asarray(expected), err_msg=str(index))
+        assert not np.array_equal(found, pixels)
+    np.testing.assert_array_equal(change_colours(pixels, 1, 1, 1, 0), pixels)
+
+
+def test_colour_jitter_leaves_masks_and_boxes_alone(sample: Sample) -> None:
+    settings = AugmentSettings(horizontal_flip=0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    changed = augment(sample, settings, np.random.default_rng(0))
+    assert not np.array_equal(changed.image, sample.image)
+    assert_same(dataclasses.replace(changed, image=sample.image), sample)
+
+
+def test_scale_comes_from_the_settings_and_is_bounded_by_the_canvas(sample: Sample) -> None:
+    short = AugmentSettings(short_side=(24, 24), horizontal_flip=0)
+    assert augment(sample, short, np.random.default_rng(0)).image.shape == (24, 32, 3)
+    large = AugmentSettings(large_scale_jitter=(2.0, 2.0), horizontal_flip=0)
+    assert augment(sample, large, np.random.default_rng(0)).image.shape == (48, 64, 3)
+    assert augment(sample, large, np.random.default_rng(0), (96, 96)).image.shape == (96, 96, 3)
+    with pytest.raises(ValueError, match="both set the scale"):
+        AugmentSettings(short_side=(24, 24), large_scale_jitter=(0.1, 2.0))
+    with pytest.raises(ValueError, match="has to rise"):
+        AugmentSettings(short_side=(25, 24))

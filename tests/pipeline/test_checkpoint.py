@@ -13,6 +13,7 @@ from model.config import BackboneConfig, FpnConfig, ModelConfig
 from model.mask_rcnn import MaskRCNN
 from pipeline import tracking
 from pipeline.checkpoint import (
+    AVERAGE_FILE,
     DESCRIPTION_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -27,6 +28,7 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.config import ExperimentConfig, OptimSettings
+from pipeline.ema import averaged_copy
 from pipeline.errors import UserError
 from pipeline.optim import build_optimizer
 from tests.pipeline.factories import CLASS_NAMES, thin_model
@@ -140,6 +142,22 @@ def test_model_is_built_from_its_checkpoint_alone(whole: Path) -> None:
     assert description.experiment() == CONFIG
     assert description.class_names == list(CLASS_NAMES)
     torch.testing.assert_close(dict(model.state_dict()), dict(trained("sgd")[0].state_dict()), rtol=0, atol=0)
+
+
+def test_the_average_is_saved_beside_the_weights_and_predicted_with(tmp_path: Path) -> None:
+    model, optimizer = trained("sgd")
+    averaged = averaged_copy(thin(seed=5))
+    write_checkpoint(str(tmp_path), model, optimizer, describe(), averaged)
+    predicts, _ = build_model(str(tmp_path))
+    assert_same_state(dict(predicts.state_dict()), dict(averaged.state_dict()))
+    goes_on, goes_on_average = thin(seed=1), thin(seed=2)
+    load_model_state(str(tmp_path), goes_on)
+    load_model_state(str(tmp_path), goes_on_average, AVERAGE_FILE)
+    assert_same_state(dict(goes_on.state_dict()), dict(model.state_dict()))
+    assert_same_state(dict(goes_on_average.state_dict()), dict(averaged.state_dict()))
+    (tmp_path / AVERAGE_FILE).unlink()
+    with pytest.raises(UserError, match=r"ema\.safetensors: None bytes, expected \d+; the checkpoint is not whole"):
+        build_model(str(tmp_path))
 
 
 def test_checkpoint_without_an_optimiser_is_for_prediction(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from model.mask_rcnn import MaskRCNN
 from model.structures import Detections
-from pipeline.coco import check_records, classes_of_source, read_coco_file, unite_classes
-from pipeline.config import CocoSource
+from pipeline.coco import classes_of_source, read_coco_file, unite_classes
+from pipeline.config import CocoSource, PolicySettings
 from pipeline.evaluation import (
     AP_METRICS,
     EvaluatedRow,
@@ -27,8 +27,10 @@ from pipeline.evaluation import (
     rows_of_worker,
 )
 from pipeline.preprocess import rasterise
-from pipeline.shards import ShardSet, Source, write_shards
-from tests.pipeline.factories import CANVASES, SHARED_DATA, Json, Prepared, thin_model
+from pipeline.record_checks import check_records
+from pipeline.shard_writer import Contents, write_shards
+from pipeline.shards import ShardSet, Source
+from tests.pipeline.factories import CANVASES, SHARED_DATA, Json, Prepared, row_settings, thin_model
 
 COCO_MINI = SHARED_DATA / "coco_mini"
 
@@ -278,11 +280,11 @@ def test_numbers_on_coco_are_those_of_pycocotools(local_ray: None, tmp_path: Pat
     class_map = unite_classes([file])
     class_of_category, active = classes_of_source(file, class_map)
     category_of_class = {class_id: category for category, class_id in class_of_category.items()}
-    records, dropped = check_records(file, 0, class_map)
-    assert dropped == []
+    checked = check_records(file, 0, class_map, PolicySettings(), None)
+    assert checked.quarantined == []
     source = Source(file.path, tuple(active), tuple(category_of_class[class_id] for class_id in active))
     folder = str(tmp_path / "shards")
-    write_shards(folder, records, class_map.names, [source], ((256, 256),), 32, [], "key")
+    write_shards(folder, checked.records, Contents(class_map.names, [source], row_settings([(256, 256)]), 32))
     shards = ShardSet(folder)
     rows = evaluated(shards)
     assert (len(rows), sum(len(row.annotations) for row in rows)) == (91, 1002)

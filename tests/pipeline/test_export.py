@@ -53,12 +53,14 @@ def lively_model(preset: str | None = None, **detections: Any) -> MaskRCNN:
     # Scores that spread, whatever the size of the features: logits of a standard deviation of 2, deltas of 1.
     predictors = (model.box_head.class_logits, model.box_head.box_deltas, model.mask_head.mask_logits)
     for predictor, spread in zip(predictors, (2.0, 1.0, 2.0), strict=True):
+        assert isinstance(predictor.weight, torch.Tensor)
         seen: list[torch.Tensor] = []
         handle = predictor.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
         model.detect(*_pictures(CANVAS, 1))
         handle.remove()
-        with torch.no_grad():
-            predictor.weight *= spread / seen[0].std()
+        if seen[0].numel():
+            with torch.no_grad():
+                predictor.weight *= spread / seen[0].std()
     return model
 
 

@@ -7,20 +7,25 @@ from torch import nn
 
 from model.mask_rcnn import MaskRCNN
 from pipeline.config import OptimSettings
-from pipeline.optim import build_optimizer, learning_rate, set_learning_rate
+from pipeline.optim import build_optimizer, explain_scaling, learning_rate, scale_to_batch, set_learning_rate
 from tests.pipeline.factories import thin_model
 
 COSINE = OptimSettings(learning_rate=0.02, warmup_steps=10, schedule="cosine")
 
 
 def test_warm_up_by_hand() -> None:
-    # From a thousandth: 0.001 + 0.999 * (step + 1) / 10 of 0.02.
-    assert learning_rate(0, 100, COSINE) == pytest.approx(0.02 * 0.1009)
-    assert learning_rate(4, 100, COSINE) == pytest.approx(0.02 * 0.5005)
-    assert learning_rate(9, 100, COSINE) == pytest.approx(0.02)
-    steps = [learning_rate(step, 100, COSINE) for step in range(10)]
-    differences = [after - before for before, after in itertools.pairwise(steps)]
-    assert differences == pytest.approx([0.02 * 0.0999] * 9)  # linear
+    # From a thousandth at step 0 to one at step 10: 0.001 + 0.999 * step / 10 of 0.02; in the middle of the cosine the
+    # warm-up is over.
+    constant = COSINE.model_copy(update={"schedule": "constant"})
+    for settings in (COSINE, constant):
+        assert learning_rate(0, 100, settings) == pytest.approx(0.02 * 0.001)
+        assert learning_rate(5, 100, settings) == pytest.approx(0.02 * 0.5005)
+        assert learning_rate(10, 100, settings) == pytest.approx(0.02)
+        steps = [learning_rate(step, 100, settings) for step in range(11)]
+        differences = [after - before for before, after in itertools.pairwise(steps)]
+        assert differences == pytest.approx([0.02 * 0.0999] * 10)  # linear
+    slow = COSINE.model_copy(update={"warmup_factor": 0.5})
+    assert learning_rate(0, 100, slow) == pytest.approx(0.01)
 
 
 def test_cosine_by_hand() -> None:
@@ -38,7 +43,7 @@ def test_cosine_by_hand() -> None:
 
 def test_constant_by_hand() -> None:
     constant = COSINE.model_copy(update={"schedule": "constant"})
-    assert learning_rate(9, 100, constant) == pytest.approx(0.02)
+    assert learning_rate(9, 100, constant) == pytest.approx(0.02 * 0.9001)
     assert [learning_rate(step, 100, constant) for step in (10, 50, 99)] == [0.02] * 3
 
 
@@ -104,6 +109,94 @@ def test_sgd_step_by_hand() -> None:
     torch.testing.assert_close(model.weight, torch.tensor([[0.53]]), check_dtype=True)
     # Bias: 1, then 1.5: 3 - 0.5 - 0.75.
     torch.testing.assert_close(model.bias, torch.tensor([1.75]))
+
+
+ONE_TIMES = OptimSettings(
+    learning_rate=0.02,
+    reference_batch_size=16,
+    warmup_steps=1000,
+    schedule="multistep",
+    milestones=(60000, 80000),
+    gradient_clip_norm=None,
+)
+
+
+def test_multistep_by_hand() -> None:
+    """The values of detectron2's 1x schedule: warm-up to 1000, tenths at 60,000 and 80,000."""
+    expected = {
+        0: 0.02 * 0.001, 500: 0.02 * 0.5005, 999: 0.02 * 0.999001, 1000: 0.02, 59999: 0.02,
+        60000: 0.002, 79999: 0.002, 80000: 0.0002, 89999: 0.0002,
+    }  # fmt: skip
+    for step, value in expected.items():
+        assert learning_rate(step, 90000, ONE_TIMES) == pytest.approx(value, rel=1e-12), step
+
+
+def test_multistep_is_that_of_torch() -> None:
+    settings = ONE_TIMES.model_copy(update={"warmup_steps": 7, "milestones": (11, 20), "decay_factor": 0.3})
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.02)
+    schedulers = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=7),
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, [11, 20], gamma=0.3),
+    ]
+    for step in range(30):
+        assert learning_rate(step, 30, settings) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_the_learning_rate_grows_with_the_global_batch_and_the_steps_shrink() -> None:
+    scaled = scale_to_batch(ONE_TIMES, 64)
+    assert (scaled.learning_rate, scaled.warmup_steps, scaled.milestones) == (0.08, 250, (15000, 20000))
+    smaller = scale_to_batch(ONE_TIMES, 2)
+    assert (smaller.learning_rate, smaller.warmup_steps, smaller.milestones) == (0.0025, 8000, (480000, 640000))
+    assert scale_to_batch(ONE_TIMES, 16) == ONE_TIMES
+    as_configured = ONE_TIMES.model_copy(update={"reference_batch_size": None})
+    assert scale_to_batch(as_configured, 64) == as_configured
+
+
+def test_the_scaling_is_explained() -> None:
+    line = explain_scaling(ONE_TIMES, 64)
+    assert line.startswith("learning rate 0.02 x 64 / 16 = 0.08 (linear with the global batch")
+    assert line.endswith("warm-up 1000 x 16 / 64 = 250 steps; milestones [60000, 80000] -> [15000, 20000]")
+    assert explain_scaling(ONE_TIMES, 16).startswith("learning rate 0.02 x 16 / 16 = 0.02 (")
+    assert explain_scaling(COSINE, 64) == "learning rate 0.02 as configured (optim.reference_batch_size is not set)"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "multistep"}, "multistep needs some"),
+        ({"milestones": (5, 9)}, "multistep needs some"),
+        ({"schedule": "multistep", "milestones": (9, 5)}, "have to rise"),
+        ({"name": "adamw", "nesterov": True}, "nesterov needs name sgd"),
+    ],
+)
+def test_settings_that_contradict_each_other(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimSettings.model_validate(values)
+
+
+def test_biases_are_decayed_where_asked_and_norms_never() -> None:
+    model = small()
+    decayed, others = build_optimizer(model, OptimSettings(decay_biases=True)).param_groups
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    assert [names[parameter] for parameter in decayed["params"]] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [names[parameter] for parameter in others["params"]] == ["1.weight", "1.bias"]
+
+
+def test_nesterov_step_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    settings = OptimSettings(learning_rate=0.5, momentum=0.5, nesterov=True, weight_decay=0.0)
+    optimizer = build_optimizer(model, settings)
+    for _ in range(2):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    # Velocities 1 and 1.5; steps 1 + 0.5 * 1 = 1.5 and 1 + 0.5 * 1.5 = 1.75: 2 - 0.75 - 0.875.
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[0.375]]))
 
 
 def test_learning_rate_is_that_of_every_group() -> None:

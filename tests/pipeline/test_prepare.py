@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import CocoSource, SyntheticSettings
@@ -40,7 +41,9 @@ def test_all_rows_of_all_sources_are_there(prepared: Prepared) -> None:
     assert validation.manifest.class_names == training.manifest.class_names == ("cat", "dog", "bird")
     assert validation.manifest.sources[0].category_ids == (9, 4, 5)
     assert prepared.said == [
+        "data: training problems: 5 crowd, 3 image_without_annotations",
         f"data: wrote training shards: 21 images to {prepared.data.training}",
+        "data: validation problems: 3 crowd, 1 image_without_annotations",
         f"data: wrote validation shards: 7 images to {prepared.data.validation}",
     ]
     storage_path = Path(prepared.config.run.storage_path)
@@ -90,7 +93,8 @@ def test_only_the_split_that_changed_is_written_again(local_ray: None, tmp_path:
     edit(tmp_path / "birds.json", lambda content: content["annotations"].pop())
     said: list[str] = []
     prepare(config, said.append)
-    assert [line.split(":")[1] for line in said] == [" wrote training shards", " validation shards are there"]
+    told = [line.split(":")[1] for line in said if "problems" not in line]
+    assert told == [" wrote training shards", " validation shards are there"]
 
 
 def test_validation_follows_the_classes_of_the_training_data(local_ray: None, tmp_path: Path) -> None:
@@ -115,7 +119,7 @@ def test_same_data_in_another_folder_have_the_same_digest(prepared: Prepared, tm
     assert read_manifest(moved.validation).digest == read_manifest(prepared.data.validation).digest
 
 
-def test_dropped_annotations_are_told_and_kept_in_the_manifest(local_ray: None, tmp_path: Path) -> None:
+def test_dropped_annotations_are_told_and_kept_in_the_quarantine(local_ray: None, tmp_path: Path) -> None:
     contents = two_sources(tmp_path)
     first, second, third = (a["id"] for a in contents["animals.json"]["annotations"][:3])
 
@@ -127,12 +131,13 @@ def test_dropped_annotations_are_told_and_kept_in_the_manifest(local_ray: None, 
     edit(tmp_path / "animals.json", spoil)
     said: list[str] = []
     data = prepare(experiment(tmp_path, tmp_path / "runs"), said.append)
-    assert said[0] == "data: left out annotations: {'box without size': 2, 'mask covers no pixel': 1}"
-    manifest = read_manifest(data.training)
-    assert {entry["annotation_id"]: entry["reason"].split(" (")[0] for entry in manifest.dropped} == {
-        first: "box without size",
-        second: "box without size",
-        third: "mask covers no pixel",
+    assert "data: training quarantine: 2 box_without_size, 1 empty_mask" in said
+    assert read_manifest(data.training).num_quarantined == (0, 3)
+    table = pq.read_table(Path(data.training).parent / "quarantine.parquet").to_pylist()
+    assert {(row["split"], row["level"], row["annotation_id"], row["kind"]) for row in table} == {
+        ("training", "annotation", first, "box_without_size"),
+        ("training", "annotation", second, "box_without_size"),
+        ("training", "annotation", third, "empty_mask"),
     }
     kept = {int(number) for row in ShardSet(data.training).read_rows(range(12)) for number in row["annotation_ids"]}
     assert kept == {a["id"] for a in contents["animals.json"]["annotations"]} - {first, second, third}
@@ -218,7 +223,13 @@ def test_bad_data_leave_nothing_half_written(
     assert "\n" not in message
     for name in names:
         assert name in message
-    assert not (tmp_path / "runs").exists() or not tree(tmp_path / "runs")
+    assert only_a_report(tmp_path / "runs")
+
+
+def only_a_report(folder: Path) -> bool:
+    """Whether a folder holds nothing but what was found."""
+    names = {path.rsplit("/", 1)[-1] for path in tree(folder)} if folder.exists() else set()
+    return names in (set(), {"report.json", "report.html", "quarantine.parquet", "anchor_search.yaml"})
 
 
 def test_annotations_are_checked_without_ray_and_without_writing(tmp_path: Path) -> None:
@@ -235,7 +246,7 @@ def test_bad_validation_images_leave_the_training_shards_whole(local_ray: None, 
     config = experiment(tmp_path / "data", tmp_path / "runs", shards=str(tmp_path / "shards"))
     with pytest.raises(UserError, match="val_002"):
         prepare(config, lambda line: None)
-    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["training"]
+    assert [path.name for path in (tmp_path / "shards").iterdir() if path.is_dir()] == ["training"]
     assert len(ShardSet(str(tmp_path / "shards" / "training"))) == 21
 
 
@@ -245,7 +256,7 @@ def test_image_of_another_size_is_named_with_a_hint(local_ray: None, tmp_path: P
     (tmp_path / "data" / "images" / image["file_name"]).write_bytes(png(noise(image["width"], image["height"])))
     with pytest.raises(UserError, match=r"height and width are exchanged: has the file lost its EXIF orientation\?"):
         prepare(experiment(tmp_path / "data", tmp_path / "runs"), lambda line: None)
-    assert not tree(tmp_path / "runs")
+    assert only_a_report(tmp_path / "runs")
 
 
 def test_failure_leaves_the_data_set_of_before_out_of_use(local_ray: None, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pipeline.preprocess import (
     choose_canvas,
     decode_image,
     image_to_rgb,
+    minimise_mask,
     num_mask_bytes,
     pack_mask,
     rasterise,
@@ -201,6 +202,41 @@ def test_canvas_by_hand() -> None:
     assert choose_canvas(500, 500, canvases) == (2, 1088, 1088)
     assert choose_canvas(3000, 2000, canvases) == (1, 1200, 800)  # 800/2000 = 0.4 beats 1088/3000
     assert choose_canvas(100, 100, ((64, 96), (96, 64))) == (0, 64, 64)  # equal: the first
+
+
+def test_the_short_side_grows_no_further_than_it_is_asked_to() -> None:
+    canvases = ((800, 1344), (1344, 800))
+    assert choose_canvas(480, 640, canvases, 800) == (0, 800, 1067)
+    assert choose_canvas(640, 480, canvases, 800) == (1, 1067, 800)
+    assert choose_canvas(400, 800, canvases, 800) == (0, 672, 1344)  # the long side has no more room
+    assert choose_canvas(500, 500, ((1024, 1024),), 800) == (0, 800, 800)
+    assert choose_canvas(2000, 3000, ((1024, 1024),), 300) == (0, 300, 450)
+
+
+def test_the_original_resizes_without_smoothing_and_cuts_fractions_off() -> None:
+    stripes = np.zeros((2, 8, 3), dtype=np.uint8)
+    stripes[:, ::2] = 101
+    # Half the width: every new pixel lies between two old ones, 101 and 0.
+    np.testing.assert_array_equal(resize_image(stripes, 2, 4, "original"), np.full((2, 4, 3), 50))
+    # Twice the height: a quarter of the outermost rows comes from outside, which is black.
+    white = np.full((2, 2, 3), 200, dtype=np.uint8)
+    assert resize_image(white, 4, 2, "original")[:, 0, 0].tolist() == [
+        200,
+        200,
+        200,
+        200,
+    ]  # but within the input's range
+    mixed = np.array([[[0] * 3], [[200] * 3]], dtype=np.uint8)
+    assert resize_image(mixed, 4, 1, "original")[:, 0, 0].tolist() == [0, 50, 150, 150]
+
+
+def test_mini_masks_by_hand() -> None:
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[:, :2] = True
+    assert minimise_mask(mask, 2).tolist() == [[True, False], [True, False]]
+    assert minimise_mask(np.ones((1, 1), dtype=bool), 3).all()  # within the range of the input
+    with pytest.raises(ValueError, match="without pixels"):
+        minimise_mask(np.zeros((0, 3), dtype=bool), 4)
 
 
 def test_no_side_vanishes_or_leaves_the_canvas() -> None:

@@ -103,11 +103,11 @@ def test_what_may_change(change: dict[str, Any]) -> None:
         ({"data": {"canvases": [[64, 64]]}}, "data.canvases [[800, 1344], [1344, 800], [1088, 1088]] -> [[64, 64]]"),
         (
             {"train": {"batch_size_per_worker": 3}},
-            "global batch (train.batch_size_per_worker * scaling.num_workers) 4 -> 6",
+            "global batch (train.batch_size_per_worker * train.accumulation_steps * scaling.num_workers) 4 -> 6",
         ),
         (
             {"scaling": {"num_workers": 3}},
-            "global batch (train.batch_size_per_worker * scaling.num_workers) 4 -> 6",
+            "global batch (train.batch_size_per_worker * train.accumulation_steps * scaling.num_workers) 4 -> 6",
         ),
     ],
 )
@@ -131,11 +131,11 @@ def test_all_changes_are_named() -> None:
 def test_run_of_an_older_version_is_compared() -> None:
     """It may have keys that are no more, and lack new ones: a difference, not a crash."""
     state = state_of(config_with())
-    state.config["optim"]["nesterov"] = True
+    state.config["optim"]["dampening"] = 0.5
     del state.config["augment"]
     with pytest.raises(UserError) as caught:
         check_unchanged(state, config_with(), "/runs/mine")
-    assert "optim.nesterov True -> None" in str(caught.value)
+    assert "optim.dampening 0.5 -> None" in str(caught.value)
     assert "augment.horizontal_flip None -> 0.5" in str(caught.value)
 
 

@@ -13,8 +13,16 @@ from model.canvas import image_windows
 from model.mask_targets import crop_mask_targets
 from model.structures import Batch
 from pipeline.augment import flip
-from pipeline.preprocess import pack_mask
-from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, mask_offsets, sample_from_row, sample_to_values
+from pipeline.preprocess import minimise_mask, pack_mask, unpack_mask
+from pipeline.sample import (
+    SAMPLE_SCHEMA,
+    Sample,
+    collate,
+    mask_offsets,
+    sample_from_row,
+    sample_to_values,
+    with_mini_masks,
+)
 from pipeline.stream import table_rows
 from tests.pipeline.factories import Bitmap, bitmap_of, ellipse_polygon, noise, png, record_of, row_of
 
@@ -54,6 +62,23 @@ def targets_of(
 ) -> torch.Tensor:
     windows = image_windows(batch.image_sizes, (batch.images.shape[2], batch.images.shape[3]), "top_left")
     return crop_mask_targets(batch, windows, image_index, gt_index, regions, size, "thresholded")
+
+
+def test_mini_masks_are_squares_in_the_same_boxes(tmp_path: Path) -> None:
+    sample = sample_with(tmp_path, ellipses(3, 0))
+    mini = with_mini_masks(sample, 8)
+    assert mini.mask_sizes.tolist() == [[8, 8]] * 3
+    np.testing.assert_array_equal(mini.mask_boxes, sample.mask_boxes)
+    starts = mask_offsets(sample.mask_sizes)
+    for index, (height, width) in enumerate(sample.mask_sizes.tolist()):
+        whole = unpack_mask(sample.mask_bits[starts[index] : starts[index + 1]], height, width)
+        found = unpack_mask(mini.mask_bits[8 * index : 8 * index + 8], 8, 8)
+        np.testing.assert_array_equal(found, minimise_mask(whole, 8))
+    batch = collate(through_arrow([planned(mini)]), ACTIVE)
+    assert batch.mask_sizes[0, :3].tolist() == [[8, 8]] * 3
+
+    nothing = sample_with(tmp_path, [], seed=1)
+    assert with_mini_masks(nothing, 8).mask_bits.size == 0
 
 
 def test_row_becomes_a_sample_by_hand() -> None:

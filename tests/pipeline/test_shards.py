@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import shutil
@@ -11,11 +12,15 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.coco import ImageRecord, check_records
+from pipeline.coco import ImageRecord
+from pipeline.config import PolicySettings
 from pipeline.errors import UserError
-from pipeline.preprocess import ImageProblem, choose_canvas, pack_mask, rasterise, resize_image, unpack_mask
+from pipeline.preprocess import choose_canvas, pack_mask, rasterise, resize_image, unpack_mask
+from pipeline.record_checks import check_records
+from pipeline.row_encoding import encode_row
 from pipeline.sample import mask_offsets
-from pipeline.shards import MANIFEST, ROW_SCHEMA, ShardSet, Source, encode_row, read_manifest, shard_name, write_shards
+from pipeline.shard_writer import Contents, write_shards
+from pipeline.shards import MANIFEST, ShardSet, Source, read_manifest, shard_name
 from tests.pipeline.factories import (
     ANIMALS,
     BIRDS,
@@ -27,7 +32,7 @@ from tests.pipeline.factories import (
     coco_file,
     noise,
     png,
-    record_of,
+    row_settings,
     tree,
     write_coco,
 )
@@ -37,77 +42,17 @@ SOURCES = (Source("animals.json", (1, 2), (7, 3)), Source("birds.json", (2, 3), 
 
 def records_of(root: Path, content: dict[str, Any], source: int = 0) -> list[ImageRecord]:
     write_coco(root, "instances.json", content)
-    return check_records(coco_file(content, folder=str(root / "images")), source, class_map())[0]
+    file = coco_file(content, folder=str(root / "images"))
+    return check_records(file, source, class_map(), PolicySettings(), None).records
 
 
-def write(folder: Path, records: list[ImageRecord], **changes: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "class_names": CLASS_NAMES,
-        "sources": SOURCES,
-        "canvases": CANVASES,
-        "rows_per_shard": 3,
-        "dropped": [],
-        "content_key": "key",
-    }
-    return write_shards(str(folder), records, **(arguments | changes))
+def write(folder: Path, records: list[ImageRecord], on_progress: Any = lambda _: None, **changes: Any) -> Any:
+    contents = dataclasses.replace(Contents(CLASS_NAMES, SOURCES, row_settings(), rows_per_shard=3), **changes)
+    return write_shards(str(folder), records, contents, on_progress=on_progress).manifest
 
 
 def test_name_of_a_shard_is_its_row_range() -> None:
     assert shard_name(128, 64) == "rows-000000128-000000192.arrow"
-
-
-def test_row_by_hand(tmp_path: Path) -> None:
-    pixels = noise(48, 64)
-    (tmp_path / "a.png").write_bytes(png(pixels))
-    bitmap = np.zeros((48, 64), dtype=bool)
-    bitmap[10:13, 20:24] = True
-    record = record_of(tmp_path / "a.png", [bitmap], 48, 64, classes=[2])
-    values, dropped = encode_row(9, record, CANVASES)
-    assert list(values) == ROW_SCHEMA.names
-    assert dropped == []
-    image = np.frombuffer(values.pop("image"), np.uint8).reshape(64, 85, 3)  # 4 / 3 of its size
-    np.testing.assert_array_equal(image, resize_image(pixels, 64, 85))
-    assert values == {
-        "row": 9,
-        "source": 0,
-        "image_id": 1,
-        "file_name": "a.png",
-        "height": 48,
-        "width": 64,
-        "canvas": 0,
-        "image_height": 64,
-        "image_width": 85,
-        "annotation_ids": [1],
-        "classes": [2],
-        "is_crowd": [False],
-        "bboxes": [20, 10, 4, 3],
-        "areas": [12],
-        "mask_boxes": [20, 10, 24, 13],
-        "mask_bits": bytes([0b11111111, 0b11110000]),
-    }
-
-
-def test_object_without_a_pixel_is_dropped_and_the_others_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png(noise(48, 64)))
-    full = np.ones((48, 64), dtype=bool)
-    record = record_of(tmp_path / "a.png", [full, full, full], 48, 64)
-    first, second, third = record.annotations
-    thin = {"size": [48, 64], "counts": [48 * 64]}
-    record = ImageRecord(
-        **{**vars(record), "annotations": (first, type(second)(**{**vars(second), "segmentation": thin}), third)}
-    )
-    values, dropped = encode_row(0, record, CANVASES)
-    assert values["annotation_ids"] == [1, 3]
-    assert (len(values["mask_boxes"]), len(values["mask_bits"])) == (8, 2 * 48 * 64 // 8)
-    assert dropped == [{"source": 0, "file_name": "a.png", "annotation_id": 2, "reason": "mask covers no pixel"}]
-
-
-def test_bad_image_is_a_problem(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png(noise(48, 64)))
-    with pytest.raises(ImageProblem, match="its annotations say 64 x 50"):
-        encode_row(0, record_of(tmp_path / "a.png", [], 50, 64), CANVASES)
-    with pytest.raises(FileNotFoundError):
-        encode_row(0, record_of(tmp_path / "b.png", [], 50, 64), CANVASES)
 
 
 @pytest.mark.cluster
@@ -128,9 +73,9 @@ def test_rows_come_back_as_they_were(local_ray: None, tmp_path: Path) -> None:
     shards = ShardSet(str(tmp_path / "shards"))
     assert len(shards) == 8
     for row, record in [*enumerate(records), (2, records[2]), (7, records[7])]:  # again, and backwards
-        values, expected = shards.read_row(row), encode_row(row, record, CANVASES)[0]
+        values, expected = shards.read_row(row), encode_row(row, record, row_settings())[0]
         for name, value in expected.items():
-            if isinstance(value, bytes):
+            if isinstance(value, bytes) and not isinstance(values[name], bytes):
                 assert values[name].tobytes() == value, name
             elif isinstance(value, list):
                 np.testing.assert_array_equal(values[name], np.array(value), err_msg=name)
@@ -212,7 +157,7 @@ def test_unusable_images_stop_the_writing_and_leave_no_data_set(local_ray: None,
         write(tmp_path / "shards", records)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/images/a_004.png: cannot be decoded (")
-    assert message.endswith(" (and 2 more images); mend the file or take it out of the annotations")
+    assert message.endswith(" (and 2 more problems); mend it or choose another --data.policies.unreadable_image")
     assert "\n" not in message
     # Neither a manifest of before, whose shards are gone, nor a part of a shard.
     left = tree(tmp_path / "shards")
@@ -234,8 +179,8 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda folder: (folder / MANIFEST).unlink(), "no such manifest; run jobs/prepare.py first"),
         (lambda folder: (folder / MANIFEST).write_text('{"format_'), "damaged ("),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00"), "damaged ("),
-        (lambda folder: (folder / MANIFEST).write_text("[]"), "format version None, expected 1"),
-        (lambda folder: damaged(folder, lambda c: c.update(format_version=2)), "format version 2, expected 1"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "format version None, expected 2"),
+        (lambda folder: damaged(folder, lambda c: c.update(format_version=1)), "format version 1, expected 2"),
         (lambda folder: damaged(folder, lambda c: c.pop("shards")), "damaged (KeyError 'shards')"),
         (lambda folder: damaged(folder, lambda c: c.update(canvases=[3])), "damaged (TypeError"),
         (lambda folder: damaged(folder, lambda c: c["sources"][0].pop("annotations")), "damaged (KeyError"),
@@ -281,3 +226,64 @@ def test_shards_are_read_from_a_url(prepared: Prepared) -> None:
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             np.testing.assert_array_equal(theirs[name], value)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_flipped_bit_in_a_row_is_named_and_the_other_rows_are_read(
+    prepared: Prepared, tmp_path: Path, place: float
+) -> None:
+    """Wherever in the values of the row it is, at the first reading."""
+    folder = tmp_path / "shards"
+    shutil.copytree(prepared.data.validation, folder)
+    shard = read_manifest(str(folder)).shards[0]
+    path = folder / shard["name"]
+    content = bytearray(path.read_bytes())
+    first, end = shard["offsets"][1:3]
+    content[first + int(place * (end - first))] ^= 16
+    path.write_bytes(content)
+    shards = ShardSet(str(folder))
+    with pytest.raises(UserError) as caught:
+        shards.read_row(1)
+    assert str(caught.value).startswith(f"{path}: row 1 is damaged (")
+    assert [shards.read_row(row)["row"] for row in (0, 2, 3, 6)] == [0, 2, 3, 6]
+
+
+@pytest.mark.cluster
+def test_jpeg_shards_read_as_pixels(local_ray: None, tmp_path: Path) -> None:
+    records = records_of(tmp_path, coco_content("a", [2, 1], ANIMALS, seed=1, first_id=1))
+    settings = dataclasses.replace(row_settings(), image_format="jpeg")
+    raw, jpeg = write(tmp_path / "raw", records), write(tmp_path / "jpeg", records, settings=settings)
+    assert (raw.image_format, jpeg.image_format) == ("raw", "jpeg")
+    assert raw.digest != jpeg.digest
+    for row, record in enumerate(records):
+        ours, theirs = (ShardSet(str(tmp_path / name)).read_row(row) for name in ("jpeg", "raw"))
+        with Image.open(io.BytesIO(encode_row(row, record, settings)[0]["image"])) as file:
+            np.testing.assert_array_equal(ours["image"].reshape(*file.size[::-1], 3), np.asarray(file))
+        assert (ours["image"].shape, ours["image"].dtype) == (theirs["image"].shape, np.uint8)
+        np.testing.assert_array_equal(ours["mask_bits"], theirs["mask_bits"])
+
+
+@pytest.mark.cluster
+def test_written_again_are_the_same_bytes(local_ray: None, tmp_path: Path) -> None:
+    records = records_of(tmp_path, coco_content("a", [2, 1, 0, 3], ANIMALS, seed=1, first_id=1))
+    write(tmp_path / "one", records)
+    write(tmp_path / "two", records)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.mark.cluster
+def test_manifest_names_the_bytes_of_every_row_and_its_classes(prepared: Prepared) -> None:
+    shards = ShardSet(prepared.data.training)
+    for shard in shards.manifest.shards:
+        assert len(shard["offsets"]) == shard["num_rows"] + 1
+        assert shard["offsets"] == sorted(shard["offsets"])
+        content = (Path(prepared.data.training) / shard["name"]).read_bytes()
+        reader = pa.ipc.open_file(pa.BufferReader(content))
+        metadata = reader.schema.metadata
+        assert json.loads(metadata[b"class_names"]) == list(CLASS_NAMES)
+        assert metadata[b"format_version"] == b"2"
+        for number, classes in enumerate(shard["classes"]):
+            values = shards.read_row(shard["first_row"] + number)
+            assert reader.get_batch(number)["image_id"].to_pylist() == [values["image_id"]]
+            assert classes == sorted(set(values["classes"][~values["is_crowd"]].tolist()))

@@ -15,9 +15,11 @@ import torch
 from model.structures import Batch
 from pipeline.augment import augment, flip
 from pipeline.config import AugmentSettings
+from pipeline.errors import UserError
 from pipeline.sample import SAMPLE_SCHEMA, sample_from_row, sample_to_values
 from pipeline.shards import MANIFEST, ShardSet
 from pipeline.stream import (
+    FURTHER_PLACE,
     MAX_BLOCK_BYTES,
     MAX_STEPS_PER_BLOCK,
     LoadBlock,
@@ -78,6 +80,24 @@ def test_rows_of_a_window_are_shuffled_together_and_windows_kept_apart() -> None
 def test_every_row_comes_about_equally_often_at_every_place() -> None:
     first = Counter(int(make_plan(8, seed=seed).epoch_order(0)[0]) for seed in range(2000))
     np.testing.assert_allclose([first[row] for row in range(8)], 250, atol=75)  # five standard deviations
+
+
+def test_rows_stand_in_an_epoch_as_often_as_their_repeats_say() -> None:
+    repeats = np.array([1.0, 3.0, 0.5, 1.5] * 5 + [0.0])
+    plan = dataclasses.replace(make_plan(21), row_repeats=repeats)
+    assert plan.num_rows == 30
+    assert plan.steps_of_epochs(2) == 15
+    for epoch in range(10):
+        counts = np.bincount(plan.epoch_order(epoch), minlength=21)
+        assert counts.sum() == 30
+        assert (np.floor(repeats) <= counts).all()
+        assert (counts <= np.ceil(repeats)).all()
+    # Every place has draws of its own: no (epoch, row) twice, further places far from any real epoch.
+    places = [(e, r) for _, epochs, rows in steps_of(plan, 0, 15) for e, r in zip(epochs, rows, strict=True)]
+    assert len(set(places)) == len(places) == 60
+    assert {epoch % FURTHER_PLACE for epoch, _ in places} == {0, 1}
+    assert {epoch // FURTHER_PLACE for epoch, row in places if row % 4 == 1 and row < 20} == {0, 1, 2}
+    assert len({random_key(0, epoch, row) for epoch, row in places}) == 60
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 21, 50])
@@ -264,6 +284,27 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(prepared: Prepared) ->
 
 
 @pytest.mark.cluster
+def test_copy_paste_is_a_function_of_seed_epoch_and_row(prepared: Prepared) -> None:
+    """A share of the rows gets objects, always the same in an epoch, only of its own source."""
+    shards = ShardSet(prepared.data.training)
+    settings = AugmentSettings(horizontal_flip=0, large_scale_jitter=(0.5, 1.5), copy_paste=0.5)
+    alone = dataclasses.replace(loader(prepared), augment_settings=settings.model_copy(update={"copy_paste": 0.0}))
+    pasting = dataclasses.replace(loader(prepared), augment_settings=settings)
+    active = shards.manifest.active_classes()
+    changed = set()
+    for epoch in range(6):
+        for row in range(len(shards)):
+            found, again = (pasting.load(shards, 0, epoch, row) for _ in range(2))
+            before = alone.load(shards, 0, epoch, row)
+            assert found["image"] == again["image"]
+            assert active[found["source"]][found["classes"]].all()
+            if found["image"] != before["image"]:
+                changed.add((epoch, row))
+    assert len({row for _, row in changed}) > 8
+    assert 0.1 < len(changed) / (6 * len(shards)) < 0.5  # some partners have no objects, or are of the other source
+
+
+@pytest.mark.cluster
 def test_shards_that_were_prepared_anew_are_noticed(prepared: Prepared, tmp_path: Path) -> None:
     shutil.copytree(prepared.data.training, tmp_path / "shards")
     load = dataclasses.replace(loader(prepared), folder=str(tmp_path / "shards"))
@@ -288,6 +329,22 @@ def consume(
     ]
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(list, workers))
+
+
+@pytest.mark.cluster
+def test_damaged_row_is_named_by_the_stream(prepared: Prepared, tmp_path: Path) -> None:
+    """Also where nobody compared the shards before, or one was damaged since."""
+    shutil.copytree(prepared.data.training, tmp_path / "shards")
+    moved = dataclasses.replace(prepared.data, training=str(tmp_path / "shards"))
+    shard = ShardSet(moved.training).manifest.shards[2]
+    path = tmp_path / "shards" / shard["name"]
+    content = bytearray(path.read_bytes())
+    content[(shard["offsets"][1] + shard["offsets"][2]) // 2] ^= 1  # in the pixels of the second row
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        consume(dataclasses.replace(prepared, data=moved), 2, 0, 20)
+    assert str(caught.value).startswith(f"{path}: row 9 is damaged (its content does not have its digest); delete")
+    assert ShardSet(moved.training).read_row(8)["row"] == 8
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +469,17 @@ def test_rows_as_planned_are_taken() -> None:
     # Two workers of two rows: worker 1 has the last two of every four.
     batches = batches_from([10, 11, 14, 15, 18, 19], first=2, last=5, worker=1, num_workers=2)
     assert [batch.num_images for batch in batches] == [2, 2, 2]
+
+
+def test_a_step_comes_in_as_many_batches_as_it_accumulates() -> None:
+    # Two workers, two passes of two rows: worker 1 has the last four of every eight.
+    active = np.ones((1, 2), dtype=bool)
+    rows = FromTables([tiny_rows([20, 21, 22, 23, 28, 29, 30, 31])])
+    batches = list(PlannedBatches(rows, active, 2, 4, 1, 2, 2, accumulation_steps=2))
+    assert [batch.num_images for batch in batches] == [2, 2, 2, 2]
+    cut_off = FromTables([tiny_rows([20, 21, 22, 23, 28, 29])])
+    with pytest.raises(RuntimeError, match="the stream ended before step 3, not 4"):
+        list(PlannedBatches(cut_off, active, 2, 4, 1, 2, 2, accumulation_steps=2))
 
 
 @pytest.mark.parametrize(

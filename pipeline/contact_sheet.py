@@ -1,0 +1,113 @@
+"""Contact sheet of the preflight report: images with their masks, the worst problems first."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pipeline import storage
+from pipeline.coco import Annotation, ImageRecord
+from pipeline.preprocess import ImageProblem, decode_image, rasterise
+from pipeline.problems import Problem
+from pipeline.record_checks import leaves_folder
+from pipeline.report import draw_objects
+
+NUM_TILES = 24
+TILE_SIDE = 360  # pixels
+_RANK = {"error": 0, "drop": 1, "fix": 2, "keep": 3}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of the sheet."""
+
+    file_name: str
+    notes: list[str]
+    """What is wrong with it, a line each; empty where nothing is."""
+    picture: str
+    """JPEG as base64; empty where there is nothing to be shown."""
+
+
+def make_tiles(
+    records: Sequence[ImageRecord], problems: Sequence[Problem], class_names: Sequence[str], folders: Sequence[str]
+) -> list[Tile]:
+    """Tiles of the images with the worst problems, filled up with images that have none.
+
+    Args:
+        records: images that can be shown.
+        problems: of these and of others.
+        class_names: of classes 1..C-1.
+        folders: images folder of each source, for images that are in no record.
+    """
+    by_image: dict[tuple[int, int | None, str | None], list[Problem]] = {}
+    for problem in problems:
+        if problem.level != "category":
+            by_image.setdefault((problem.source, problem.image_id, problem.file_name), []).append(problem)
+    record_of = {(record.source, record.image_id): record for record in records}
+    worst = sorted(by_image.items(), key=lambda entry: (min(map(_rank, entry[1])), -len(entry[1]), str(entry[0])))
+    tiles = []
+    for (source, image_id, file_name), found in worst[:NUM_TILES]:
+        known = record_of.get((source, image_id)) if image_id is not None else None
+        picture = _picture(known, found, class_names)
+        if known is None and file_name and not leaves_folder(file_name):
+            picture = _bare_picture(storage.join(folders[source], file_name))
+        tiles.append(Tile(file_name or "(no file)", [p.reason for p in found], picture))
+    marked = {(source, image_id) for source, image_id, _ in by_image}
+    others = (record for record in records if (record.source, record.image_id) not in marked and record.annotations)
+    for record in itertools.islice(others, NUM_TILES - len(tiles)):
+        tiles.append(Tile(record.file_name, [], _picture(record, [], class_names)))
+    return tiles
+
+
+def _rank(problem: Problem) -> tuple[int, int]:
+    """Order of what to show first: by what was done, and images without objects or with crowds last."""
+    return _RANK[problem.policy], problem.kind in ("crowd", "image_without_annotations", "duplicate_file_name")
+
+
+def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_names: Sequence[str]) -> str:
+    """An image with its masks; annotations with a problem are labelled with their id."""
+    if record is None:
+        return ""
+    try:
+        image = decode_image(storage.read_bytes(record.path), record.height, record.width)
+    except (ImageProblem, OSError):
+        return _bare_picture(record.path)
+    noted = {problem.annotation_id for problem in problems if problem.annotation_id is not None}
+    masks = [rasterise(a.segmentation, record.height, record.width) for a in record.annotations]
+    boxes = np.array([_corners(a) for a in record.annotations], dtype=np.float32).reshape(-1, 4)
+    labels = [
+        f"{class_names[a.class_id - 1]} {a.annotation_id}" if a.annotation_id in noted else ""
+        for a in record.annotations
+    ]
+    bitmaps = np.array(masks, dtype=bool).reshape(-1, record.height, record.width)
+    return _encoded(draw_objects(image, bitmaps, boxes, labels, list(range(len(masks)))))
+
+
+def _corners(annotation: Annotation) -> tuple[float, float, float, float]:
+    x, y, width, height = annotation.bbox
+    return x, y, x + width, y + height
+
+
+def _bare_picture(path: str) -> str:
+    """An image as it is, or a gray field where it cannot be decoded; empty where it cannot be read."""
+    try:
+        return _encoded(Image.fromarray(decode_image(storage.read_bytes(path))))
+    except OSError:
+        return ""
+    except ImageProblem as problem:
+        field = Image.new("RGB", (TILE_SIDE, TILE_SIDE // 2), (110, 110, 110))
+        ImageDraw.Draw(field).text((12, TILE_SIDE // 4), str(problem)[:58], fill=(255, 255, 255))
+        return _encoded(field)
+
+
+def _encoded(picture: Image.Image) -> str:
+    picture.thumbnail((TILE_SIDE, TILE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

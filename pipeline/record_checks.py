@@ -1,0 +1,335 @@
+"""Every record of a COCO file is looked at; what is wrong gets a kind and the policy that is configured for it.
+
+Needs the annotation file and a listing of the images folder, but opens no image. Boxes here are in original pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.coco import (
+    Annotation,
+    ClassMap,
+    CocoFile,
+    ImageRecord,
+    Json,
+    categories_of,
+    classes_of_source,
+    is_finite,
+    is_int,
+    is_number,
+)
+from pipeline.config import PolicySettings
+from pipeline.problems import Level, Problem, Quarantined, quarantined
+
+EDGE_TOLERANCE = 1.0  # pixels by which a box may leave the image without being worth a word
+
+
+@dataclass(frozen=True)
+class CheckedRecords:
+    """Images of a file with their annotations, ordered by image id, and what was found on the way."""
+
+    records: list[ImageRecord]
+    problems: list[Problem]
+    quarantined: list[Quarantined]
+    """Images and annotations that are left out; together with those in `records` they are all of the file's."""
+
+
+def check_records(
+    file: CocoFile, source: int, class_map: ClassMap, policies: PolicySettings, present: Mapping[str, Any] | None
+) -> CheckedRecords:
+    """Check every record of a file and bring images and annotations together.
+
+    Args:
+        file: as it was read.
+        source: its number in the split.
+        class_map: classes to train on.
+        policies: what to do about each kind of problem.
+        present: names of the files that are in the images folder; None where nobody looked.
+
+    Raises:
+        UserError: a category that the class map does not have.
+    """
+    findings = _Findings(file, source, policies)
+    class_of_category, _ = classes_of_source(file, class_map)
+    _check_categories(file, findings)
+    images = _check_images(file, findings, present)
+    of_image: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
+    orphans: list[Quarantined] = []
+    seen: set[int] = set()
+    for record in file.annotations:
+        lost = findings.images_left_out.get(record.get("image_id")) if is_int(record.get("image_id")) else None
+        if lost is not None and record["image_id"] not in images:
+            orphans.append(_orphan(record, lost))
+            continue
+        annotation = _check_annotation(record, images, class_of_category, seen, findings)
+        if annotation is not None:
+            of_image[record["image_id"]].append(annotation)
+    for image_id in [image_id for image_id in of_image if not of_image[image_id]]:
+        image = images[image_id]
+        reason = f"image {image_id} ({image['file_name']}) has no annotation"
+        if findings.add("image_without_annotations", "image", reason, image):
+            del images[image_id]
+    records = [
+        ImageRecord(
+            source=source,
+            image_id=image_id,
+            file_name=image["file_name"],
+            path=storage.join(file.images_folder, image["stored_as"]),
+            height=image["height"],
+            width=image["width"],
+            annotations=tuple(of_image[image_id]),
+        )
+        for image_id, image in sorted(images.items())
+    ]
+    return CheckedRecords(records, findings.problems, quarantined(findings.problems) + orphans)
+
+
+@dataclass
+class _Findings:
+    """Collects problems and knows what each kind means for its record."""
+
+    file: CocoFile
+    source: int
+    policies: PolicySettings
+    problems: list[Problem] = field(default_factory=list)
+    images_left_out: dict[int | None, Problem] = field(default_factory=dict)
+
+    def add(
+        self, kind: str, level: Level, reason: str, image: Json | None = None, annotation_id: int | None = None
+    ) -> bool:
+        """Note a problem; whether its record is not to be used."""
+        policy: str = getattr(self.policies, kind)
+        image_id = image.get("id") if image else None
+        file_name = image.get("file_name") if image else None
+        problem = Problem(
+            kind,
+            policy,
+            level,
+            self.source,
+            reason,
+            image_id if is_int(image_id) else None,
+            annotation_id,
+            file_name if isinstance(file_name, str) else None,
+        )
+        self.problems.append(problem)
+        gone = policy in ("error", "drop")
+        if gone and level == "image":
+            self.images_left_out.setdefault(problem.image_id, problem)
+        return gone
+
+
+def _orphan(record: Json, lost: Problem) -> Quarantined:
+    """Quarantine entry of an annotation whose image is left out."""
+    annotation_id = record.get("id")
+    return Quarantined(
+        lost.source,
+        "annotation",
+        lost.image_id,
+        annotation_id if is_int(annotation_id) else None,
+        lost.file_name,
+        lost.kind,
+        f"its image is left out: {lost.reason}",
+    )
+
+
+def _check_categories(file: CocoFile, findings: _Findings) -> None:
+    names = list(categories_of(file).values())
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        findings.add("duplicate_category_name", "category", f"category name {name!r} stands there twice")
+
+
+def _check_images(file: CocoFile, findings: _Findings, present: Mapping[str, Any] | None) -> dict[int, Json]:
+    """Usable image records by id, each with `stored_as`, its file's place in the images folder."""
+    images: dict[int, Json] = {}
+    names: set[str] = set()
+    by_base_name: dict[str, list[str]] = {}
+    for path in present or ():
+        by_base_name.setdefault(path.rsplit("/", 1)[-1], []).append(path)
+    for image in file.images:
+        kind, reason = _image_problem(image, images)
+        if kind is not None and findings.add(kind, "image", reason, image):
+            continue
+        image_id, name = image["id"], image["file_name"]
+        stored_as = name
+        if present is not None and name not in present:
+            elsewhere = sorted(by_base_name.get(name.rsplit("/", 1)[-1], []))
+            if len(elsewhere) == 1:
+                reason = f"image {image_id}: {name} is not in {file.images_folder}, only {elsewhere[0]} is"
+                kind, stored_as = "file_in_subfolder", elsewhere[0]
+            else:
+                also = f" itself, but in {len(elsewhere)} folders below it" if elsewhere else ""
+                reason = f"image {image_id}: {name} is not in {file.images_folder}{also}"
+                kind = "missing_file"
+            if findings.add(kind, "image", reason, image):
+                continue
+        if stored_as in names:
+            reason = f"image {image_id}: another image has the file {stored_as} too"
+            if findings.add("duplicate_file_name", "image", reason, image):
+                continue
+        names.add(stored_as)
+        images[image_id] = {**image, "stored_as": stored_as}
+    return images
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file name is an absolute path, a URL, or climbs out of the folder that it is relative to."""
+    return name.startswith("/") or "\\" in name or ".." in name.split("/") or "://" in name or "\0" in name
+
+
+def _image_problem(image: Json, images: dict[int, Json]) -> tuple[str | None, str]:
+    """Kind and description of what makes an image record unusable; None where nothing does."""
+    image_id, name = image.get("id"), image.get("file_name")
+    if not is_int(image_id):
+        return "malformed_record", f"image {image!r:.100} has no integer id"
+    if image_id in images:
+        return "duplicate_image_id", f"image id {image_id} stands there twice"
+    if not isinstance(name, str) or not name:
+        return "malformed_record", f"image {image_id} has no file_name"
+    if leaves_folder(name):
+        return (
+            "path_outside_folder",
+            f"image {image_id}: file_name {name!r} leaves the images folder; make it relative to that folder",
+        )
+    for key in ("height", "width"):
+        value = image.get(key)
+        if is_number(value) and not is_finite(value):
+            return "non_finite_number", f"image {image_id} ({name}): {key} is {value!r}, expected a positive integer"
+        if not is_int(value) or not 0 < value < 2**31:
+            return "malformed_record", f"image {image_id} ({name}): {key} is {value!r}, expected a positive integer"
+    return None, ""
+
+
+def _check_annotation(
+    record: Json, images: dict[int, Json], class_of_category: dict[int, int], seen: set[int], findings: _Findings
+) -> Annotation | None:
+    """An annotation that can be used, or None."""
+    annotation_id, image_id = record.get("id"), record.get("image_id")
+    image = images.get(image_id) if is_int(image_id) else None
+    known_id = annotation_id if is_int(annotation_id) else None
+    kind, reason = _annotation_problem(record, image, class_of_category, seen)
+    if kind is not None and findings.add(kind, "annotation", reason, image, known_id):
+        return None
+    assert image is not None
+    assert known_id is not None
+    bbox: tuple[float, float, float, float] = tuple(float(number) for number in record["bbox"])  # type: ignore[assignment]
+    kind, reason = box_problem(bbox, image["height"], image["width"])
+    if kind is not None and findings.add(kind, "annotation", f"annotation {known_id}: {reason}", image, known_id):
+        return None
+    segmentation = record["segmentation"]
+    if isinstance(segmentation, list):
+        short = [polygon for polygon in segmentation if is_short(polygon)]
+        if short and len(short) < len(segmentation):
+            reason = f"annotation {known_id}: {len(short)} of {len(segmentation)} parts of the outline have no area"
+            if findings.add("short_polygon", "annotation", reason, image, known_id):
+                return None
+        segmentation = [polygon for polygon in segmentation if not is_short(polygon)]
+        if not segmentation:
+            reason = f"annotation {known_id}: no polygon with three points and an extent"
+            findings.add("short_polygon" if findings.policies.short_polygon == "error" else "empty_mask",
+                         "annotation", reason, image, known_id)  # fmt: skip
+            return None
+    is_crowd = bool(record.get("iscrowd", 0))
+    if is_crowd and findings.add("crowd", "annotation", f"annotation {known_id} is a crowd", image, known_id):
+        return None
+    seen.add(known_id)
+    return Annotation(
+        annotation_id=known_id,
+        class_id=class_of_category[record["category_id"]],
+        bbox=bbox,
+        area=float(record.get("area", bbox[2] * bbox[3])),
+        is_crowd=is_crowd,
+        segmentation=segmentation,
+    )
+
+
+def is_short(polygon: Sequence[float]) -> bool:
+    """Whether a polygon has fewer than three points (pycocotools would take two for a box) or no extent."""
+    x, y = polygon[::2], polygon[1::2]
+    return len(polygon) < 6 or min(x) == max(x) or min(y) == max(y)
+
+
+def box_problem(bbox: Sequence[float], height: int, width: int) -> tuple[str | None, str]:
+    """Kind and description of what is wrong with a box x, y, width, height in an image of a size."""
+    x, y, box_width, box_height = bbox
+    if box_width <= 0 or box_height <= 0:
+        return "box_without_size", f"box without size ({box_width:g} x {box_height:g})"
+    if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
+        return "box_outside_image", "box outside the image"
+    beyond = max(-x, -y, x + box_width - width, y + box_height - height)
+    if beyond > EDGE_TOLERANCE:
+        return "box_beyond_edge", f"box leaves the image by {beyond:.1f} pixels"
+    return None, ""
+
+
+def _annotation_problem(
+    record: Json, image: Json | None, class_of_category: dict[int, int], seen: set[int]
+) -> tuple[str | None, str]:
+    """Kind and description of what makes an annotation one that must not be guessed at."""
+    annotation_id = record.get("id")
+    if not is_int(annotation_id):
+        return "malformed_record", f"annotation {record!r:.100} has no integer id"
+    if annotation_id in seen:
+        return "duplicate_annotation_id", f"annotation id {annotation_id} stands there twice"
+    if image is None:
+        return "unknown_image", f"annotation {annotation_id}: image_id {record.get('image_id')!r} is none of the images"
+    category_id = record.get("category_id")
+    if not is_int(category_id) or category_id not in class_of_category:
+        return "unknown_category", f"annotation {annotation_id}: category_id {category_id!r} is none of the categories"
+    bbox = record.get("bbox")
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
+        return "malformed_record", f"annotation {annotation_id}: bbox {bbox!r} is not four finite numbers"
+    if not all(map(is_finite, bbox)):
+        return "non_finite_number", f"annotation {annotation_id}: bbox {bbox!r} is not four finite numbers"
+    if "area" in record and not (is_number(record["area"]) and is_finite(record["area"])):
+        kind = "non_finite_number" if is_number(record["area"]) else "malformed_record"
+        return kind, f"annotation {annotation_id}: area {record['area']!r} is not a finite number"
+    return _segmentation_problem(annotation_id, record.get("segmentation"), image)
+
+
+def _segmentation_problem(annotation_id: int, segmentation: Any, image: Json) -> tuple[str | None, str]:
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if size != [image["height"], image["width"]]:
+            return "malformed_record", f"annotation {annotation_id}: RLE size {size!r} is not that of its image"
+        if not isinstance(counts, str) and not (isinstance(counts, list) and all(map(is_int, counts))):
+            reason = "RLE counts are neither a string nor a list of integers"
+            return "malformed_record", f"annotation {annotation_id}: {reason}"
+        lengths = _run_lengths(counts) if isinstance(counts, str) else counts
+        if min(lengths, default=0) < 0 or sum(lengths) != image["height"] * image["width"]:
+            return "malformed_record", f"annotation {annotation_id}: RLE counts do not add up to the image"
+        return None, ""
+    if segmentation is None:
+        return "no_segmentation", f"annotation {annotation_id}: no segmentation; this pipeline trains on masks"
+    if not isinstance(segmentation, list):
+        return "malformed_record", f"annotation {annotation_id}: segmentation is neither polygons nor RLE"
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or not all(map(is_number, polygon)):
+            return "malformed_record", f"annotation {annotation_id}: a polygon is not a list of finite numbers"
+        if not all(map(is_finite, polygon)):
+            return "non_finite_number", f"annotation {annotation_id}: a polygon is not a list of finite numbers"
+        if len(polygon) % 2:
+            return "malformed_record", f"annotation {annotation_id}: a polygon has an odd number of coordinates"
+    return None, ""
+
+
+def _run_lengths(text: str) -> list[int]:
+    """Run lengths of a compressed RLE; empty where it is none. pycocotools itself would read on beyond its end."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        digit = ord(character) - 48  # five bits of the number, and one that says whether more follow
+        if not 0 <= digit < 64:
+            return []
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))  # from the fourth on: differences
+        value = shift = 0
+    return lengths if shift == 0 else []

@@ -1,0 +1,69 @@
+"""How often a row stands in an epoch: rows with rare classes more than once, rows without objects less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+
+
+def row_repeats(
+    row_classes: Sequence[Sequence[int]], repeat_threshold: float, empty_images_fraction: float
+) -> Float64Array:
+    """Mean number of times that each row stands in an epoch.
+
+    Repeat factors of LVIS (Gupta, Dollar, Girshick 2019, section 4.2): a class in a share f of the images has the
+    factor max(1, sqrt(t / f)), a row the largest factor of its classes.
+
+    Args:
+        row_classes: classes of the objects of each row, with or without repetitions; crowds do not count.
+        repeat_threshold: t; classes in a smaller share of the images are repeated, 0 for none.
+        empty_images_fraction: what rows without objects get.
+
+    Returns:
+        (num_rows,) at least 1 for a row with objects.
+    """
+    images_of_class: dict[int, int] = {}
+    for classes in row_classes:
+        for class_id in set(classes):
+            images_of_class[class_id] = images_of_class.get(class_id, 0) + 1
+    factors = {
+        class_id: max(1.0, math.sqrt(repeat_threshold * len(row_classes) / images))
+        for class_id, images in images_of_class.items()
+    }
+    repeats = [max((factors[c] for c in set(classes)), default=empty_images_fraction) for classes in row_classes]
+    return np.array(repeats, dtype=np.float64)
+
+
+def rows_an_epoch(repeats: Float64Array) -> int:
+    """Places in an epoch, the same in every epoch: the whole repeats, and the sum of their fractions rounded."""
+    return int(np.floor(repeats).sum()) + _extra_places(repeats)
+
+
+def _extra_places(repeats: Float64Array) -> int:
+    return round(float((repeats % 1).sum()))
+
+
+def repeat_counts(repeats: Float64Array, rng: np.random.Generator) -> Int64Array:
+    """How often each row stands in one epoch: its repeats, rounded up or down by chance so that the sum is the same.
+
+    Systematic sampling: the fractions are laid end to end in a drawn order and stretched to a whole number; marks stand
+    one apart from a drawn start on, and a row gets those that fall on it.
+
+    Args:
+        repeats: (num_rows,) from `row_repeats`.
+        rng: of the epoch.
+    """
+    counts = np.floor(repeats).astype(np.int64)
+    places = _extra_places(repeats)
+    if places:
+        order = rng.permutation(len(repeats))
+        ends = np.cumsum(repeats[order] % 1)
+        marks = (np.arange(places) + rng.random()) * (ends[-1] / places)
+        np.add.at(counts, order[np.searchsorted(ends, marks, side="right")], 1)
+    return counts
