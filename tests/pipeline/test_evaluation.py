@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
 from model.structures import Detections
 from pipeline.coco import classes_of_source, read_coco_file, unite_classes
@@ -301,6 +302,7 @@ class WholeImage(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = ModelConfig()
         self.weight = nn.Parameter(torch.zeros(1))
         self.shapes: list[tuple[int, ...]] = []
 
