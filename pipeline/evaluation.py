@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
 from model.postprocess import to_original
 from model.structures import Detections
+from pipeline.coco_metrics import coco_statistics
 from pipeline.sample import unpack_row_masks
 from pipeline.shards import Manifest, ShardSet
 from pipeline.training import autocast
@@ -191,40 +190,6 @@ def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: 
 def coco_average_precision(
     images: Sequence[Json], category_ids: Iterable[int], annotations: Sequence[Json], results: Sequence[Json]
 ) -> dict[str, float]:
-    """COCO AP of results against annotations.
-
-    Args:
-        images: id, height and width of each.
-        category_ids: to average over.
-        annotations: ground truth, segmentations as polygons or RLE; ids are given anew.
-        results: bbox, score and RLE of each.
-
-    Returns:
-        The numbers of `AP_METRICS`.
-    """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    truth, found = COCO(), COCO()
-    categories = [{"id": category_id, "name": str(category_id)} for category_id in category_ids]
-    metrics: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth.dataset = {"images": list(images), "categories": categories, "annotations": _numbered(annotations)}
-        truth.createIndex()
-        # As its loadRes does with results that have both: the area of the box decides the size class, for masks too.
-        detections = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
-        found.dataset = {"images": list(images), "categories": categories, "annotations": _numbered(detections)}
-        found.createIndex()
-        for kind in ("bbox", "segm"):
-            evaluation = COCOeval(truth, found, iouType=kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            for name, value in zip(AP_NAMES, evaluation.stats[:6], strict=True):
-                metrics[f"{kind}_{name}"] = float(value)
-    return metrics
-
-
-def _numbered(annotations: Sequence[Json]) -> list[Json]:
-    """With ids from 1 on: pycocotools takes 0 for "no match"."""
-    return [{**annotation, "id": index + 1} for index, annotation in enumerate(annotations)]
+    """COCO AP of results against annotations: the numbers of `AP_METRICS`, see `pipeline.coco_metrics`."""
+    statistics = coco_statistics(images, category_ids, annotations, results)
+    return {f"{kind}_{name}": statistics[kind][name] for kind in ("bbox", "segm") for name in AP_NAMES}
