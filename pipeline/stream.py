@@ -228,6 +228,8 @@ class LoadBlock:
         self, shards: ShardSet, sample: Sample, source: int, canvas: tuple[int, int], epoch: int, row: int
     ) -> Sample:
         """With objects of the row that is the partner of this one in this epoch, if it has one."""
+        if self.augment_settings.copy_paste == 0:
+            return sample
         rng = np.random.default_rng([self.seed, epoch, row, _PARTNER])
         if rng.random() >= self.augment_settings.copy_paste:
             return sample
