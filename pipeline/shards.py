@@ -100,6 +100,10 @@ class Manifest:
         """(num_rows,) canvas of every row."""
         return np.array([canvas for shard in self.shards for canvas in shard["canvases"]], dtype=np.int64)
 
+    def row_classes(self) -> list[list[int]]:
+        """Classes of the objects of every row, each once, crowds left out."""
+        return [classes for shard in self.shards for classes in shard["classes"]]
+
     def active_classes(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """(sources, C) bool: classes that each source has labelled; background always."""
         active = np.zeros((len(self.sources), self.num_classes), dtype=bool)
