@@ -9,10 +9,11 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageEnhance
 
 from pipeline.config import AugmentSettings
-from pipeline.jitter import jitter_short_side, large_scale_jitter
+from pipeline.jitter import jitter_short_side, large_scale_jitter, scale_and_crop
 from pipeline.preprocess import UInt8Array, unpack_mask
 from pipeline.sample import Sample, mask_offsets
 
@@ -20,7 +21,11 @@ _NUM_DRAWS = 9
 
 
 def augment(
-    sample: Sample, settings: AugmentSettings, rng: np.random.Generator, canvas: tuple[int, int] | None = None
+    sample: Sample,
+    settings: AugmentSettings,
+    rng: np.random.Generator,
+    canvas: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Sample:
     """Apply the configured changes of one image; the number of draws never depends on the sample.
 
@@ -29,13 +34,17 @@ def augment(
         settings: what to change, and how much.
         rng: of the row in this epoch.
         canvas: rows and columns that the image may take; by default those that it has.
+        size: rows and columns that it has where none are drawn; by default those that are stored.
     """
     draws = rng.random(_NUM_DRAWS).tolist()
-    canvas = canvas or (sample.image.shape[0], sample.image.shape[1])
+    size = size or (sample.image.shape[0], sample.image.shape[1])
+    canvas = canvas or size
     if settings.short_side is not None:
-        sample = jitter_short_side(sample, settings.short_side, settings.short_side_step, canvas, draws[2])
+        sample = jitter_short_side(sample, settings.short_side, settings.short_side_step, canvas, draws[2], size)
     elif settings.large_scale_jitter is not None:
-        sample = large_scale_jitter(sample, settings.large_scale_jitter, canvas, (draws[2], draws[3], draws[4]))
+        sample = large_scale_jitter(sample, settings.large_scale_jitter, canvas, (draws[2], draws[3], draws[4]), size)
+    else:
+        sample = scale_and_crop(sample, 1.0, canvas, (0.0, 0.0), size)
     if draws[0] < settings.horizontal_flip:
         sample = flip(sample, axis=1)
     if draws[1] < settings.vertical_flip:
@@ -85,7 +94,7 @@ def flip(sample: Sample, axis: int) -> Sample:
     """
     return dataclasses.replace(
         sample,
-        image=np.flip(sample.image, axis=axis),
+        image=torch.tensor(sample.image).flip(axis).numpy(),  # a view of NumPy's takes far longer to copy later on
         boxes=_flip_boxes(sample.boxes, sample.image.shape[axis], axis),
         mask_boxes=_flip_boxes(sample.mask_boxes, sample.image.shape[axis], axis),
         mask_bits=_flip_bits(sample, axis),

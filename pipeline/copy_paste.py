@@ -12,7 +12,26 @@ from pipeline.preprocess import unpack_mask
 from pipeline.sample import Sample, mask_offsets
 
 Bitmap = npt.NDArray[np.bool_]
+PASTED_SHARE = 0.5
+"""Of the objects of a partner."""
+_PARTNER = 1  # tells the draw of the partner from those for the row itself
 _TIE = 1e-3  # a pixel whose centre lies on the edge of two cells takes the latter, whatever rounding says
+
+
+def planned_partner(seed: int, epoch: int, row: int, num_rows: int, share: float) -> int | None:
+    """Row of whose objects some are pasted into a row in an epoch, if any are; not where it is of another source.
+
+    Args:
+        seed: of the plan.
+        epoch: as the plan numbers it.
+        row: what is pasted into.
+        num_rows: stored rows.
+        share: of rows that have a partner.
+    """
+    if share == 0:
+        return None
+    rng = np.random.default_rng([seed, epoch, row, _PARTNER])
+    return int(rng.integers(num_rows)) if rng.random() < share else None
 
 
 def copy_paste(sample: Sample, partner: Sample, chosen: npt.NDArray[np.bool_]) -> Sample:

@@ -52,13 +52,16 @@ def export_checkpoint(folder: str, output: str, batch_size: int, say: Say) -> di
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'mask-rcnn-on-ray[export]'") from error
     model, checkpoint = build_model(folder)
-    canvases = checkpoint.experiment().data.canvases
+    data = checkpoint.experiment().data
+    canvases = data.canvases
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         differences = [_export_canvas(model, canvas, batch_size, temporary, say) for canvas in canvases]
         description = {
             "canvases": canvases,
+            "short_side": data.short_side,
+            "resize_method": data.resize_method,
             "batch_size": batch_size,
             "class_names": checkpoint.class_names,
             "inputs": {

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch.nn import functional
 
 from pipeline.preprocess import UInt8Array, unpack_mask
 from pipeline.sample import Sample, mask_offsets
@@ -19,7 +21,12 @@ _SLIVER = 1e-3
 
 
 def jitter_short_side(
-    sample: Sample, short_sides: tuple[int, int], step: int, canvas: tuple[int, int], draw: float
+    sample: Sample,
+    short_sides: tuple[int, int],
+    step: int,
+    canvas: tuple[int, int],
+    draw: float,
+    size: tuple[int, int] | None = None,
 ) -> Sample:
     """Bring the short side of the image to a drawn length, or as near to it as the canvas allows.
 
@@ -29,16 +36,21 @@ def jitter_short_side(
         step: between the lengths that occur.
         canvas: rows and columns that the image may take.
         draw: in [0, 1).
+        size: rows and columns that the drawn size is told from; by default the stored image's.
     """
     low, high = short_sides
     length = low + step * int(draw * ((high - low) // step + 1))
-    height, width = sample.image.shape[:2]
+    height, width = size or sample.image.shape[:2]
     scale = min(length / min(height, width), canvas[0] / height, canvas[1] / width)
-    return scale_and_crop(sample, scale, canvas, (0.0, 0.0))
+    return scale_and_crop(sample, scale, canvas, (0.0, 0.0), (height, width))
 
 
 def large_scale_jitter(
-    sample: Sample, scales: tuple[float, float], canvas: tuple[int, int], draws: tuple[float, float, float]
+    sample: Sample,
+    scales: tuple[float, float],
+    canvas: tuple[int, int],
+    draws: tuple[float, float, float],
+    size: tuple[int, int] | None = None,
 ) -> Sample:
     """Scale the image as it fits the canvas by a drawn factor, and cut out the canvas where it is larger.
 
@@ -49,14 +61,21 @@ def large_scale_jitter(
         scales: smallest and largest factor.
         canvas: rows and columns of the crop.
         draws: scale, top and left, in [0, 1).
+        size: rows and columns that the drawn size is told from; by default the stored image's.
     """
-    height, width = sample.image.shape[:2]
+    height, width = size or sample.image.shape[:2]
     fit = min(canvas[0] / height, canvas[1] / width)
     scale = fit * (scales[0] + (scales[1] - scales[0]) * draws[0])
-    return boxes_from_masks(scale_and_crop(sample, scale, canvas, draws[1:]))
+    return boxes_from_masks(scale_and_crop(sample, scale, canvas, draws[1:], (height, width)))
 
 
-def scale_and_crop(sample: Sample, scale: float, most: tuple[int, int], places: tuple[float, float]) -> Sample:
+def scale_and_crop(
+    sample: Sample,
+    scale: float,
+    most: tuple[int, int],
+    places: tuple[float, float],
+    size: tuple[int, int] | None = None,
+) -> Sample:
     """Resize, then cut a window out of what is larger than allowed; masks and boxes move along and are not cut.
 
     Args:
@@ -64,9 +83,10 @@ def scale_and_crop(sample: Sample, scale: float, most: tuple[int, int], places: 
         scale: of the resizing; sides are rounded to whole pixels.
         most: rows and columns that may be left.
         places: where between the ends the window begins, in [0, 1], top and left.
+        size: rows and columns that are scaled; by default the stored image's.
     """
     old_height, old_width = sample.image.shape[:2]
-    height, width = max(1, round(old_height * scale)), max(1, round(old_width * scale))
+    height, width = (max(1, round(side * scale)) for side in size or (old_height, old_width))
     rows, columns = min(height, most[0]), min(width, most[1])
     if (rows, columns) == (old_height, old_width) == (height, width):
         return sample
@@ -85,8 +105,15 @@ def scale_and_crop(sample: Sample, scale: float, most: tuple[int, int], places: 
 
 
 def _resample(image: UInt8Array, height: int, width: int, window: tuple[int, int, int, int]) -> UInt8Array:
-    """The window (top, left, rows, columns) of the image resized to (height, width); the rest is never made."""
+    """The window (top, left, rows, columns) of the image resized to (height, width); the rest is never made.
+
+    A whole image takes PyTorch's kernel: at most a level off Pillow's, and about three times as fast; it cuts nothing.
+    """
     top, left, rows, columns = window
+    if (rows, columns) == (height, width):
+        pixels = torch.tensor(image)[None].permute(0, 3, 1, 2)  # channels last, by all its strides
+        resized = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+        return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
     old_height, old_width = image.shape[:2]
     x_scale, y_scale = old_width / width, old_height / height
     box = (left * x_scale, top * y_scale, (left + columns) * x_scale, (top + rows) * y_scale)

@@ -109,9 +109,10 @@ def _check_data(config: ExperimentConfig, shards: ShardSet, validation: ShardSet
     if len(shards) < 1 or len(validation) < 1:
         raise UserError("training and validation need at least one image each")
     for name, manifest in (("training", shards.manifest), ("validation", validation.manifest)):
-        if manifest.canvases != config.data.canvases:
+        if (manifest.canvases, manifest.short_side) != (config.data.canvases, config.data.short_side):
             raise UserError(
-                f"the {name} shards were made for other canvases; run jobs/prepare.py with this configuration"
+                f"the {name} shards were made for other data.canvases or another data.short_side; "
+                "run jobs/prepare.py with this configuration"
             )
 
 

@@ -115,8 +115,8 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     training_files = [read_coco_file(source, root) for source in data.sources]
     validation_files = [read_coco_file(source, root) for source in data.validation_sources]
     class_map = unite_classes(training_files)
-    training_key = _content_key(config, training_files, class_map)
-    validation_key = _content_key(config, validation_files, class_map)
+    training_key = _content_key(config, "training", training_files, class_map)
+    validation_key = _content_key(config, "validation", validation_files, class_map)
     folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_key, validation_key)
     stamps = {path: storage.list_stamps(path) for path in {f.images_folder for f in training_files + validation_files}}
     checked = CheckedData(
@@ -279,7 +279,7 @@ def _write_split(config: ExperimentConfig, checked: CheckedData, split: CheckedS
     contents = Contents(
         checked.class_map.names,
         split.sources,
-        RowSettings.of(config.data),
+        _row_settings(config, split.name),
         config.data.rows_per_shard,
         split.key,
         split.files_key,
@@ -327,18 +327,20 @@ def _progress_lines(what: str, unit: str, say: Say) -> Callable[[int, int], None
     return show
 
 
-def _content_key(config: ExperimentConfig, files: Sequence[CocoFile], class_map: ClassMap) -> str:
+def _row_settings(config: ExperimentConfig, split: str) -> RowSettings:
+    return RowSettings.of(config.data, config.augment if split == "training" else None)
+
+
+def _content_key(config: ExperimentConfig, split: str, files: Sequence[CocoFile], class_map: ClassMap) -> str:
     """Digest of everything that the shards of these files are a function of, image bytes excepted."""
     digest = hashlib.sha256()
+    settings = _row_settings(config, split)
     options = {
+        **vars(settings),
+        "policies": settings.policies.model_dump(),
+        "jpeg_quality": settings.jpeg_quality if settings.image_format == "jpeg" else None,
         "format_version": FORMAT_VERSION,
-        "canvases": config.data.canvases,
-        "short_side": config.data.short_side,
-        "resize_method": config.data.resize_method,
         "rows_per_shard": config.data.rows_per_shard,
-        "image_format": config.data.image_format,
-        "jpeg_quality": config.data.jpeg_quality if config.data.image_format == "jpeg" else None,
-        "policies": config.data.policies.model_dump(),
         "class_names": class_map.names,
     }
     digest.update(json.dumps(options, sort_keys=True).encode())

@@ -114,6 +114,33 @@ def choose_canvas(
     )
 
 
+def stored_size(
+    height: int,
+    width: int,
+    canvas: tuple[int, int],
+    largest_short_side: int | None = None,
+    largest_scale: float | None = None,
+) -> tuple[int, int]:
+    """Size at which an image is kept whose size on the canvas is drawn: the largest draw's, but never enlarged.
+
+    Args:
+        height: rows of the original image.
+        width: columns of the original image.
+        canvas: rows and columns of the image's canvas.
+        largest_short_side: pixels that the shorter side is brought to at most, as far as the canvas allows.
+        largest_scale: instead of that the largest factor of the size that fits the canvas.
+
+    Returns:
+        Rows and columns, at least 1.
+    """
+    fit = min(canvas[0] / height, canvas[1] / width)
+    asked = fit * largest_scale if largest_scale is not None else fit
+    if largest_short_side is not None:
+        asked = min(asked, largest_short_side / min(height, width))
+    scale = min(asked, 1.0)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def resize_image(image: UInt8Array, height: int, width: int, method: ResizeMethod = "antialiased") -> UInt8Array:
     """Resize (H, W, 3) uint8 to (height, width, 3), bilinear.
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.coco import Annotation, ImageRecord
-from pipeline.config import DataSettings, PolicySettings
+from pipeline.config import AugmentSettings, DataSettings, PolicySettings
 from pipeline.preprocess import (
     ImageProblem,
     ResizeMethod,
@@ -25,6 +25,7 @@ from pipeline.preprocess import (
     pack_mask,
     rasterise,
     resize_image,
+    stored_size,
 )
 from pipeline.problems import Problem
 from pipeline.record_checks import box_problem
@@ -46,12 +47,29 @@ class RowSettings:
     jpeg_quality: int
     short_side: int | None = None
     resize_method: ResizeMethod = "antialiased"
+    largest_short_side: int | None = None
+    """Of images whose size is drawn anew in every epoch, see `stored_size`."""
+    largest_scale: float | None = None
 
     @staticmethod
-    def of(data: DataSettings) -> RowSettings:
-        """The part of the configuration that rows depend on."""
+    def of(data: DataSettings, augment: AugmentSettings | None = None) -> RowSettings:
+        """The part of the configuration that rows depend on.
+
+        Args:
+            data: settings.
+            augment: of rows to train on; None for those that are never changed.
+        """
+        short_sides = augment.short_side if augment else None
+        scales = augment.large_scale_jitter if augment else None
         return RowSettings(
-            data.canvases, data.policies, data.image_format, data.jpeg_quality, data.short_side, data.resize_method
+            data.canvases,
+            data.policies,
+            data.image_format,
+            data.jpeg_quality,
+            data.short_side,
+            data.resize_method,
+            short_sides[1] if short_sides else None,
+            scales[1] if scales else None,
         )
 
 
@@ -69,7 +87,7 @@ def encode_row(row: int, record: ImageRecord, settings: RowSettings) -> tuple[di
     Args:
         row: number of the row.
         record: image and annotations.
-        settings: canvases, policies, image format.
+        settings: canvases, policies, image format, and how large images may be drawn.
 
     Returns:
         Values in the order of `ROW_SCHEMA`, and what was found.
@@ -105,6 +123,9 @@ def encode_row(row: int, record: ImageRecord, settings: RowSettings) -> tuple[di
     canvas, image_height, image_width = choose_canvas(
         record.height, record.width, settings.canvases, settings.short_side
     )
+    drawn = settings.largest_short_side, settings.largest_scale
+    if drawn != (None, None):
+        image_height, image_width = stored_size(record.height, record.width, settings.canvases[canvas], *drawn)
     resized = resize_image(image, image_height, image_width, settings.resize_method)
     values = {
         "row": row,

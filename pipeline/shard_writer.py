@@ -113,6 +113,7 @@ def write_shards(
         "class_names": list(contents.class_names),
         "sources": [vars(source) for source in contents.sources],
         "canvases": [list(canvas) for canvas in contents.settings.canvases],
+        "short_side": contents.settings.short_side,
         "image_format": contents.settings.image_format,
         "shards": [result.shard for result in results],
         "num_quarantined": counts,
@@ -259,7 +260,7 @@ def _shard_key(first_row: int, records: Sequence[ImageRecord], contents: Content
     settings = contents.settings
     digest = hashlib.sha256()
     options = [FORMAT_VERSION, first_row, settings.canvases, settings.image_format, settings.jpeg_quality]
-    options += [settings.short_side, settings.resize_method]
+    options += [settings.short_side, settings.resize_method, settings.largest_short_side, settings.largest_scale]
     digest.update(json.dumps([*options, settings.policies.model_dump(), list(contents.class_names)]).encode())
     for record in records:
         digest.update(replace(record, path="").to_json().encode())

@@ -1,7 +1,8 @@
 """Prepared data: Arrow IPC shards with a manifest, mapped into memory or read by range.
 
 A shard holds consecutive rows, one record batch a row, so that any row is read alone, from a local disk or a bucket.
-Images are stored at the size they have on their canvas; boxes, areas and mask bits stay in original pixels and exact.
+Images are stored at the size they have on their canvas, or, where the augmentation draws that, at the largest that it
+asks for but never enlarged; boxes, areas and mask bits stay in original pixels and exact.
 A row carries its digest and is compared with it when a process first reads it. The manifest is written last: without
 one there is no data set.
 """
@@ -23,7 +24,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 ROW_SCHEMA = pa.schema(
@@ -36,7 +37,7 @@ ROW_SCHEMA = pa.schema(
         ("height", pa.int32()),  # original
         ("width", pa.int32()),
         ("canvas", pa.int32()),
-        ("image_height", pa.int32()),  # as stored: input pixels
+        ("image_height", pa.int32()),  # as stored
         ("image_width", pa.int32()),
         ("image", pa.large_binary()),  # (image_height, image_width, 3) uint8, or a JPEG file of them
         ("annotation_ids", pa.list_(pa.int64())),
@@ -72,6 +73,8 @@ class Manifest:
     sources: tuple[Source, ...]
     canvases: tuple[tuple[int, int], ...]
     """Rows and columns of each."""
+    short_side: int | None
+    """See `DataSettings`."""
     image_format: str
     """raw or jpeg."""
     shards: tuple[dict[str, Any], ...]
@@ -99,6 +102,10 @@ class Manifest:
     def row_canvases(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(num_rows,) canvas of every row."""
         return np.array([canvas for shard in self.shards for canvas in shard["canvases"]], dtype=np.int64)
+
+    def row_classes(self) -> list[list[int]]:
+        """Classes of the objects of every row, each once, crowds left out."""
+        return [classes for shard in self.shards for classes in shard["classes"]]
 
     def active_classes(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """(sources, C) bool: classes that each source has labelled; background always."""
@@ -138,6 +145,7 @@ def read_manifest(folder: str) -> Manifest:
                 for s in content["sources"]
             ),
             canvases=tuple((rows, columns) for rows, columns in content["canvases"]),
+            short_side=content["short_side"],
             image_format=content["image_format"],
             shards=tuple(content["shards"]),
             num_quarantined=(content["num_quarantined"][0], content["num_quarantined"][1]),

@@ -26,8 +26,9 @@ import pyarrow as pa
 from model.structures import Batch
 from pipeline.augment import augment
 from pipeline.config import AugmentSettings
-from pipeline.copy_paste import copy_paste
+from pipeline.copy_paste import PASTED_SHARE, copy_paste, planned_partner
 from pipeline.errors import UserError
+from pipeline.preprocess import choose_canvas
 from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, sample_from_row, sample_to_values, with_mini_masks
 from pipeline.sampling import Float64Array, Int64Array, repeat_counts, rows_an_epoch
 from pipeline.shards import ShardSet
@@ -36,8 +37,7 @@ MAX_STEPS_PER_BLOCK = 50
 SCHEDULING_PAUSE_SECONDS = 0.02
 MAX_BLOCK_BYTES = 32 * 1024 * 1024
 FURTHER_PLACE = 1 << 32
-PASTED_SHARE = 0.5  # of the objects of a copy-paste partner
-_PARTNER = 1  # tells the draws for the partner from those for the row itself
+_PASTED = 2  # tells the draws for what is pasted from those for the row itself and for its partner
 _PLAN_SCHEMA = pa.schema([("position", pa.int64()), ("epoch", pa.int64()), ("row", pa.int64())])
 
 
@@ -210,7 +210,7 @@ class LoadBlock:
         values = shards.read_row(row)
         canvas_height, canvas_width = canvas = shards.manifest.canvases[values["canvas"]]
         rng = np.random.default_rng([self.seed, epoch, row])
-        sample = augment(sample_from_row(values), self.augment_settings, rng, canvas)
+        sample = self._augment(values, rng, canvas, shards.manifest.short_side)
         sample = self._paste(shards, sample, values["source"], canvas, epoch, row)
         if self.mini_masks is not None:
             sample = with_mini_masks(sample, self.mini_masks)
@@ -224,17 +224,25 @@ class LoadBlock:
             **sample_to_values(sample),
         }
 
+    def _augment(
+        self, values: Mapping[str, Any], rng: np.random.Generator, canvas: tuple[int, int], short_side: int | None
+    ) -> Sample:
+        """A row changed by these draws; where they do not draw its size, it gets the one that it has on the canvas."""
+        _, height, width = choose_canvas(values["height"], values["width"], (canvas,), short_side)
+        return augment(sample_from_row(values), self.augment_settings, rng, canvas, (height, width))
+
     def _paste(
         self, shards: ShardSet, sample: Sample, source: int, canvas: tuple[int, int], epoch: int, row: int
     ) -> Sample:
         """With objects of the row that is the partner of this one in this epoch, if it has one."""
-        rng = np.random.default_rng([self.seed, epoch, row, _PARTNER])
-        if rng.random() >= self.augment_settings.copy_paste:
+        partner_row = planned_partner(self.seed, epoch, row, len(shards), self.augment_settings.copy_paste)
+        if partner_row is None:
             return sample
-        values = shards.read_row(int(rng.integers(len(shards))))
+        values = shards.read_row(partner_row)
         if values["source"] != source:  # it may have labelled other classes
             return sample
-        partner = augment(sample_from_row(values), self.augment_settings, rng, canvas)
+        rng = np.random.default_rng([self.seed, epoch, row, _PASTED])
+        partner = self._augment(values, rng, canvas, shards.manifest.short_side)
         return copy_paste(sample, partner, rng.random(len(partner.classes)) < PASTED_SHARE)
 
 

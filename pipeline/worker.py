@@ -61,9 +61,7 @@ def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
     """
     repeats = None
     if config.data.repeat_threshold > 0 or config.data.empty_images_fraction < 1:
-        classes = [
-            values["classes"][~values["is_crowd"].astype(bool)] for values in shards.read_rows(range(len(shards)))
-        ]
+        classes = shards.manifest.row_classes()
         repeats = row_repeats(classes, config.data.repeat_threshold, config.data.empty_images_fraction)
         if rows_an_epoch(repeats) < 1:
             raise UserError("no training image has an object; keep some with data.empty_images_fraction")

@@ -8,7 +8,7 @@ from torchvision.transforms import functional as reference
 
 from pipeline.augment import augment, change_colours, flip
 from pipeline.config import AugmentSettings
-from pipeline.preprocess import unpack_mask
+from pipeline.preprocess import resize_image, unpack_mask
 from pipeline.sample import Sample, mask_offsets, sample_from_row
 from tests.pipeline.factories import Bitmap, bitmap_of, ellipse_polygon, noise, png, record_of, row_of
 
@@ -160,3 +160,38 @@ def test_scale_comes_from_the_settings_and_is_bounded_by_the_canvas(sample: Samp
         AugmentSettings(short_side=(24, 24), large_scale_jitter=(0.1, 2.0))
     with pytest.raises(ValueError, match="has to rise"):
         AugmentSettings(short_side=(25, 24))
+
+
+@pytest.mark.parametrize("stored", [(48, 64), (97, 129), (30, 40)])
+def test_what_is_drawn_does_not_depend_on_the_stored_size(tmp_path: Path, stored: tuple[int, int]) -> None:
+    """Kept at the size on the canvas, larger or smaller: same sizes, same boxes, same mask bits."""
+    rng = np.random.default_rng(5)
+    bitmaps = [bitmap_of([ellipse_polygon(rng, 97, 129)], 97, 129) for _ in range(3)]
+    (tmp_path / "image.png").write_bytes(png(noise(97, 129)))
+    values = row_of(record_of(tmp_path / "image.png", bitmaps, 97, 129), canvases=((48, 64),))
+    planned = (values["image_height"], values["image_width"])
+    assert planned == (48, 64)
+    pixels = values["image"].reshape(*planned, 3)
+    other = resize_image(pixels, *stored)
+    kept = {**values, "image_height": stored[0], "image_width": stored[1], "image": other.ravel()}
+    variants = (
+        AugmentSettings(horizontal_flip=0.5),
+        AugmentSettings(horizontal_flip=0.5, short_side=(20, 48)),
+        AugmentSettings(horizontal_flip=0.5, large_scale_jitter=(0.3, 2.0)),
+    )
+    for settings in variants:
+        for seed in range(10):
+            expected = augment(sample_from_row(values), settings, np.random.default_rng(seed), (48, 64))
+            found = augment(sample_from_row(kept), settings, np.random.default_rng(seed), (48, 64), planned)
+            assert found.image.shape == expected.image.shape
+            np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-4)
+            np.testing.assert_allclose(found.mask_boxes, expected.mask_boxes, atol=1e-4)
+            np.testing.assert_array_equal(found.mask_sizes, expected.mask_sizes)
+            np.testing.assert_array_equal(found.mask_bits, expected.mask_bits)
+    one = AugmentSettings(horizontal_flip=0, large_scale_jitter=(1.0, 1.0))
+    drawn = augment(sample_from_row(kept), one, np.random.default_rng(0), (48, 64), planned)
+    assert drawn.image.shape == (48, 64, 3)
+    plain = AugmentSettings(horizontal_flip=0)
+    unchanged = augment(sample_from_row(kept), plain, np.random.default_rng(0), (48, 64), planned)
+    assert unchanged.image.shape == (48, 64, 3)
+    np.testing.assert_allclose(unchanged.boxes, sample_from_row(values).boxes, atol=1e-4)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from pipeline.copy_paste import copy_paste
+from pipeline.copy_paste import copy_paste, planned_partner
 from pipeline.jitter import scale_and_crop
 from pipeline.sample import Sample
 from tests.pipeline.factories import Bitmap, bitmap_of, ellipse_polygon, noise, pack_sample
@@ -81,3 +81,15 @@ def test_crowds_are_not_pasted_but_covered() -> None:
     found = copy_paste(crowd, objects, np.array([True]))
     assert found.is_crowd.tolist() == [True, False]
     assert found.boxes.tolist() == [[0, 3, 8, 6], [0, 0, 8, 3]]
+
+
+def test_partners_are_a_function_of_seed_epoch_and_row() -> None:
+    places = [(seed, epoch, row) for seed in range(2) for epoch in range(5) for row in range(200)]
+    partners = [planned_partner(*place, num_rows=50, share=0.3) for place in places]
+    assert partners == [planned_partner(*place, num_rows=50, share=0.3) for place in places]
+    chosen = [partner for partner in partners if partner is not None]
+    assert abs(len(chosen) / len(places) - 0.3) < 0.05  # five standard deviations
+    assert set(chosen) == set(range(50))
+    epochs = [tuple(partners[first : first + 200]) for first in range(0, len(places), 200)]
+    assert len(set(epochs)) == len(epochs) == 10
+    assert {planned_partner(*place, num_rows=50, share=0.0) for place in places} == {None}

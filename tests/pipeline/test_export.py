@@ -109,6 +109,7 @@ def test_a_job_writes_both_forms_and_says_how_close_they_are(tmp_path: Path) -> 
     description = json.loads((tmp_path / "out" / "description.json").read_text())
     assert description["class_names"] == ["a", "b", "c"]
     assert description["canvases"] == [list(CANVAS)]
+    assert (description["short_side"], description["resize_method"]) == (None, "antialiased")
 
     with pytest.raises(UserError, match="exists already"):
         export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "out"), 2, told.append)

@@ -18,6 +18,7 @@ from pipeline.preprocess import (
     pack_mask,
     rasterise,
     resize_image,
+    stored_size,
     unpack_mask,
 )
 from tests.pipeline.factories import (
@@ -211,6 +212,19 @@ def test_the_short_side_grows_no_further_than_it_is_asked_to() -> None:
     assert choose_canvas(400, 800, canvases, 800) == (0, 672, 1344)  # the long side has no more room
     assert choose_canvas(500, 500, ((1024, 1024),), 800) == (0, 800, 800)
     assert choose_canvas(2000, 3000, ((1024, 1024),), 300) == (0, 300, 450)
+
+
+def test_images_are_kept_as_large_as_any_draw_may_ask_for() -> None:
+    assert stored_size(2400, 3000, (1024, 1024)) == (819, 1024)
+    assert stored_size(2400, 3000, (1024, 1024), largest_scale=2.0) == (1638, 2048)
+    assert stored_size(2400, 3000, (1024, 1024), largest_scale=0.5) == (410, 512)
+    assert stored_size(2400, 3000, (800, 1344), largest_short_side=640) == (640, 800)
+    assert stored_size(2400, 3000, (800, 1344), largest_short_side=900) == (800, 1000)  # the canvas holds no more
+    # No pixel is made up: what is smaller than it may be drawn stays as it is.
+    assert stored_size(480, 640, (1024, 1024), largest_scale=2.0) == (480, 640)
+    assert stored_size(480, 640, (800, 1344), largest_short_side=800) == (480, 640)
+    assert stored_size(480, 640, (1024, 1024), largest_scale=0.5) == (384, 512)
+    assert stored_size(1, 5000, (1024, 1024), largest_scale=1.0) == (1, 1024)
 
 
 def test_the_original_resizes_without_smoothing_and_cuts_fractions_off() -> None:

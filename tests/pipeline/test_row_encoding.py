@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from pipeline.coco import Annotation, ImageRecord
+from pipeline.config import AugmentSettings, DataSettings
 from pipeline.preprocess import resize_image
-from pipeline.row_encoding import ImageLeftOut, check_mask, encode_row
+from pipeline.row_encoding import ImageLeftOut, RowSettings, check_mask, encode_row
 from pipeline.shards import ROW_SCHEMA, decode_jpeg, row_digest
 from tests.pipeline.factories import noise, png, record_of, row_settings
 
@@ -200,3 +201,23 @@ def test_the_size_and_the_way_of_resizing_are_those_of_the_settings(tmp_path: Pa
     np.testing.assert_array_equal(np.frombuffer(values["image"], np.uint8).reshape(32, 48, 3), expected)
     smooth, _ = encode_row(0, record, dataclasses.replace(settings, resize_method="antialiased"))
     assert smooth["image"] != values["image"]
+
+
+def test_rows_whose_size_is_drawn_are_kept_at_the_largest(tmp_path: Path) -> None:
+    """Boxes and masks are those of the original size in any case."""
+    bitmap = np.zeros((640, 960), dtype=bool)
+    bitmap[100:333, 7:501] = True
+    record = record_of(tmp_path / "a.png", [bitmap], 640, 960)
+    (tmp_path / "a.png").write_bytes(png(noise(640, 960)))
+    data = DataSettings(canvases=((96, 96),))
+    jitter = AugmentSettings(large_scale_jitter=(0.1, 2.0))
+    short = AugmentSettings(short_side=(32, 48))
+    sizes = {}
+    for name, augment in {"none": None, "flip": AugmentSettings(), "jitter": jitter, "short": short}.items():
+        values, _ = encode_row(0, record, RowSettings.of(data, augment))
+        sizes[name] = (values["image_height"], values["image_width"])
+        assert (values["bboxes"], values["mask_boxes"]) == ([7, 100, 494, 233], [7, 100, 501, 333])
+        assert values["mask_bits"] == np.packbits(np.ones(233 * 494, dtype=bool)).tobytes()
+    assert sizes == {"none": (64, 96), "flip": (64, 96), "jitter": (128, 192), "short": (48, 72)}
+    wide, _ = encode_row(0, record, RowSettings.of(DataSettings(canvases=((1920, 1920),)), jitter))
+    assert np.array_equal(np.frombuffer(wide["image"], np.uint8), noise(640, 960).ravel())  # never enlarged

@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 
 from pipeline.sampling import repeat_counts, row_repeats, rows_an_epoch
+from pipeline.shards import ShardSet
+from pipeline.worker import make_plan
+from tests.pipeline.factories import Prepared, experiment
 
 # 100 images: class 1 in all but the last ten, class 2 in four of them, class 3 in one; ten without objects.
 ROWS = [[1, 1]] * 85 + [[1, 2]] * 4 + [[3, 1, 3]] + [[]] * 10
@@ -39,3 +42,20 @@ def test_which_rows_are_rounded_up_is_drawn_anew() -> None:
     epochs = {tuple(repeat_counts(repeats, np.random.default_rng(seed)).tolist()) for seed in range(50)}
     assert len(epochs) > 45
     assert {sum(epoch) for epoch in epochs} == {10}
+
+
+@pytest.mark.cluster
+def test_the_plan_repeats_by_the_objects_that_the_rows_hold(prepared: Prepared) -> None:
+    """Crowds count for nothing: the manifest's classes are those of a look at every row."""
+    shards = ShardSet(prepared.data.training)
+    rows = list(shards.read_rows(range(len(shards))))
+    assert any(values["is_crowd"].any() for values in rows)
+    found = [sorted({int(c) for c in values["classes"][~values["is_crowd"].astype(bool)]}) for values in rows]
+    assert shards.manifest.row_classes() == found
+    assert any(set(values["classes"]) != set(classes) for values, classes in zip(rows, found, strict=True))
+    config = experiment(prepared.root, prepared.root, repeat_threshold=0.9, empty_images_fraction=0.5)
+    repeats = make_plan(config, shards).row_repeats
+    assert repeats is not None
+    np.testing.assert_array_equal(repeats, row_repeats(found, 0.9, 0.5))
+    assert repeats.min() == 0.5
+    assert repeats.max() > 1

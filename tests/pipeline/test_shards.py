@@ -179,8 +179,8 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda folder: (folder / MANIFEST).unlink(), "no such manifest; run jobs/prepare.py first"),
         (lambda folder: (folder / MANIFEST).write_text('{"format_'), "damaged ("),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00"), "damaged ("),
-        (lambda folder: (folder / MANIFEST).write_text("[]"), "format version None, expected 2"),
-        (lambda folder: damaged(folder, lambda c: c.update(format_version=1)), "format version 1, expected 2"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "format version None, expected 3"),
+        (lambda folder: damaged(folder, lambda c: c.update(format_version=1)), "format version 1, expected 3"),
         (lambda folder: damaged(folder, lambda c: c.pop("shards")), "damaged (KeyError 'shards')"),
         (lambda folder: damaged(folder, lambda c: c.update(canvases=[3])), "damaged (TypeError"),
         (lambda folder: damaged(folder, lambda c: c["sources"][0].pop("annotations")), "damaged (KeyError"),
@@ -282,7 +282,7 @@ def test_manifest_names_the_bytes_of_every_row_and_its_classes(prepared: Prepare
         reader = pa.ipc.open_file(pa.BufferReader(content))
         metadata = reader.schema.metadata
         assert json.loads(metadata[b"class_names"]) == list(CLASS_NAMES)
-        assert metadata[b"format_version"] == b"2"
+        assert metadata[b"format_version"] == b"3"
         for number, classes in enumerate(shard["classes"]):
             values = shards.read_row(shard["first_row"] + number)
             assert reader.get_batch(number)["image_id"].to_pylist() == [values["image_id"]]

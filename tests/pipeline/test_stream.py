@@ -16,6 +16,7 @@ from model.structures import Batch
 from pipeline.augment import augment, flip
 from pipeline.config import AugmentSettings
 from pipeline.errors import UserError
+from pipeline.prepare import prepare
 from pipeline.sample import SAMPLE_SCHEMA, sample_from_row, sample_to_values
 from pipeline.shards import MANIFEST, ShardSet
 from pipeline.stream import (
@@ -30,7 +31,7 @@ from pipeline.stream import (
     split_stream,
     steps_per_block,
 )
-from tests.pipeline.factories import CANVASES, Prepared
+from tests.pipeline.factories import CANVASES, Prepared, experiment
 
 Step = tuple[int, list[int], list[int]]
 
@@ -302,6 +303,35 @@ def test_copy_paste_is_a_function_of_seed_epoch_and_row(prepared: Prepared) -> N
                 changed.add((epoch, row))
     assert len({row for _, row in changed}) > 8
     assert 0.1 < len(changed) / (6 * len(shards)) < 0.5  # some partners have no objects, or are of the other source
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("short_side", [None, 40])
+def test_training_rows_kept_for_jitter_come_at_their_size_on_the_canvas(
+    prepared: Prepared, tmp_path: Path, short_side: int | None
+) -> None:
+    """Images of 48 x 64 pixels are not enlarged in the shards, validation images have their size on the canvas."""
+    config = experiment(prepared.root, tmp_path, short_side=short_side)
+    jitter = AugmentSettings(large_scale_jitter=(0.5, 2.0))
+    plain = prepare(config, lambda line: None)
+    kept = prepare(config.model_copy(update={"augment": jitter}), lambda line: None)
+    assert kept.training != plain.training
+    digests = [ShardSet(data.validation).manifest.digest for data in (plain, kept)]
+    assert digests[0] == digests[1]
+    shards = ShardSet(kept.training)
+    flip_only = LoadBlock(kept.training, shards.manifest.digest, ALWAYS, 3)
+    expected = LoadBlock(plain.training, ShardSet(plain.training).manifest.digest, ALWAYS, 3)
+    on_canvas = {(64, 85), (85, 64)} if short_side is None else {(40, 53), (53, 40)}
+    sizes = set()
+    for row, values in enumerate(shards.read_rows(range(len(shards)))):
+        assert (values["image_height"], values["image_width"]) == (values["height"], values["width"])
+        found, other = flip_only.load(shards, 0, 0, row), expected.load(ShardSet(plain.training), 0, 0, row)
+        sizes.add((found["image_height"], found["image_width"]))
+        np.testing.assert_allclose(found["boxes"], other["boxes"], atol=1e-4)
+        np.testing.assert_array_equal(found["mask_bits"], other["mask_bits"])
+        difference = np.frombuffer(found["image"], np.uint8).astype(int) - np.frombuffer(other["image"], np.uint8)
+        assert np.abs(difference).max() <= 1  # resized here, or when it was stored
+    assert sizes == on_canvas
 
 
 @pytest.mark.cluster
