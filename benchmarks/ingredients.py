@@ -29,6 +29,7 @@ import torch.distributed
 import torch.multiprocessing
 import yaml
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
@@ -199,7 +200,7 @@ def run_alone(name: str, seed: int, always: dict[str, Any], folder: Path) -> Non
     if workers == 1:
         train(0, *arguments)
     else:
-        torch.multiprocessing.spawn(train, arguments, nprocs=workers)  # type: ignore[no-untyped-call]
+        spawn(train, arguments, nprocs=workers)  # type: ignore[no-untyped-call]
 
 
 def free_port() -> int:
