@@ -1,4 +1,4 @@
-"""Small constant tensors, made once for each device: a copy of a few numbers to a GPU makes the host wait every time."""
+"""Small constant tensors, made once for each device: to copy a few numbers to a GPU makes the host wait each time."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _mean(
 
 def _image_index(rows: Tensor) -> Tensor:
     """(B * S,) image of each of the flattened rows (B, S)."""
-    return torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+    return torch.arange(rows.shape[0], device=rows.device)[:, None].expand(rows.shape[:2]).flatten()
 
 
 def rpn_class_loss(logits: Tensor, positive: Tensor, valid: Tensor, normalizer: Normalizer = "image") -> Tensor:

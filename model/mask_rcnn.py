@@ -258,8 +258,9 @@ def _slots(valid: Tensor) -> tuple[Tensor, Tensor]:
     if valid.device.type == "cpu":
         image_index, slot = torch.nonzero(valid, as_tuple=True)
         return image_index, slot
-    image_index = torch.arange(valid.shape[0], device=valid.device).repeat_interleave(valid.shape[1])
-    return image_index, torch.arange(valid.shape[1], device=valid.device).repeat(valid.shape[0])
+    image_index = torch.arange(valid.shape[0], device=valid.device)[:, None].expand_as(valid)
+    slot = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    return image_index.flatten(), slot.flatten()
 
 
 def _rows_to_mask(valid: Tensor) -> Tensor | None:

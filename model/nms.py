@@ -1,4 +1,4 @@
-"""Non-maximum suppression with a result of fixed size: torchvision's operator, on a GPU a scan of all groups at once."""
+"""Non-maximum suppression with a result of fixed size: torchvision's operator, or one scan of all groups on a GPU."""
 
 from __future__ import annotations
 
@@ -34,15 +34,11 @@ def kept_by_nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh
 def has_kernels(device: torch.device) -> bool:
     """Whether the scan of many groups at once runs here: on a GPU for which torch has brought Triton along."""
     return (
-        device.type == "cuda"
-        and not torch.compiler.is_exporting()
-        and importlib.util.find_spec("triton") is not None
+        device.type == "cuda" and not torch.compiler.is_exporting() and importlib.util.find_spec("triton") is not None
     )
 
 
-def kept_by_batched_nms(
-    boxes: Tensor, scores: Tensor, group_sizes: Sequence[int], iou_threshold: float
-) -> Tensor:
+def kept_by_batched_nms(boxes: Tensor, scores: Tensor, group_sizes: Sequence[int], iou_threshold: float) -> Tensor:
     """(B, N) bool: boxes of B images that no better one of their image and group overlaps by more than the threshold.
 
     Args:

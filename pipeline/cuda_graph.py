@@ -31,7 +31,7 @@ class _Captured:
 class GraphedGradients:
     """`accumulate_gradients` of one batch for a model alone on a GPU; each shape of batch has its graph.
 
-    Nothing in the forward pass may make the host wait, see `MaskRCNN.has_fixed_sizes`. The graphs share their memory.
+    Nothing in the forward pass may make the host wait (tests/model/test_cuda.py). The graphs share their memory.
     """
 
     def __init__(self, model: MaskRCNN, weights: LossConfig, dtype: torch.dtype | None) -> None:

@@ -1,8 +1,6 @@
 """The Triton kernels of the GPU, on a CPU through Triton's interpreter."""
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
+import sys
 from types import ModuleType
 
 import pytest
@@ -11,22 +9,14 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from model.nms import kept_by_batched_nms
+from tests.model.interpreted import interpreted
 
 pytest.importorskip("triton")
-KERNELS = Path(__file__).resolve().parents[2] / "model" / "nms_kernels.py"
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """A copy of the module whose kernels are interpreted: Triton decides it when they are defined."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.spec_from_file_location("interpreted_nms_kernels", KERNELS)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+def kernels() -> ModuleType:
+    return interpreted("nms_kernels")
 
 
 def random_boxes(groups: int, number: int) -> Tensor:
@@ -60,5 +50,5 @@ def test_groups_of_different_size_equal_the_operator(kernels: ModuleType, monkey
     scores = torch.cat([torch.arange(size, 0, -1.0) for size in sizes]).expand(2, -1)
     expected = kept_by_batched_nms(boxes, scores, sizes, 0.4)
     monkeypatch.setattr("model.nms.has_kernels", lambda _: True)
-    monkeypatch.setitem(__import__("sys").modules, "model.nms_kernels", kernels)
+    monkeypatch.setitem(sys.modules, "model.nms_kernels", kernels)
     torch.testing.assert_close(kept_by_batched_nms(boxes, scores, sizes, 0.4), expected)
