@@ -4,7 +4,7 @@
 
 Needs torch, torchvision, pydantic, PyYAML and pytest. Each part is a process of its own with a time limit, so that one
 that fails or hangs leaves the others their time; the CPU's training step runs beside them on two cores of its own, as
-a check of bf16 where the processor has it. Writes gpu.json (all rows), the output of each part, and prints tables last.
+a check of bf16 where the processor has it. Writes gpu.json (all rows) and gpu.log (all output), and prints tables last.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,42 +122,53 @@ def main() -> None:
     parser.add_argument("--no-cpu", action="store_true", help="leave the CPU's training step out")
     options = parser.parse_args()
     deadline = time.monotonic() + options.budget
-    rows_file = (options.out / "rows.jsonl").absolute()
-    rows_file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_parts(options, Path(folder), deadline)
+    print_tables(rows)
+
+
+def run_parts(options: argparse.Namespace, folder: Path, deadline: float) -> list[dict[str, Any]]:
+    """Run what was asked for; after each part gpu.json and gpu.log hold all there is so far.
+
+    Args:
+        options: of the command line.
+        folder: for what the parts write.
+        deadline: on the monotonic clock.
+
+    Returns:
+        The rows that the parts wrote.
+    """
+    rows_file = folder / "rows.jsonl"
     cores = sorted(os.sched_getaffinity(0))
-    beside: list[Running] = []
-    others = set(cores)
+    others, beside = set(cores), []
     if not options.no_cpu and len(cores) > len(CPU_SIZES) + 1:
         for size, core in zip(CPU_SIZES, cores[-len(CPU_SIZES) :], strict=True):
-            arguments = (
-                "--size",
-                str(size),
-                "--rounds",
-                "4",
-                "--json",
-                str(options.out.absolute() / f"cpu_{size}.json"),
-            )
-            beside.append(start(f"cpu_{size}", ("benchmarks/train_step.py", *arguments), options.out, {core}))
+            arguments = ("--size", str(size), "--rounds", "4", "--json", str(folder / f"cpu_{size}.json"))
+            beside.append(start(f"cpu_{size}", ("benchmarks/train_step.py", *arguments), folder, {core}))
             others.discard(core)
-    ended = []
+    ended: list[dict[str, Any]] = []
+    (options.out / "gpu.log").write_text("")
+
+    def record(running: Running, limit: float) -> None:
+        ended.append(finish(running, limit))
+        with (options.out / "gpu.log").open("a") as file:
+            file.write(f"--- {running.name}\n{running.log.read_text(errors='replace')}\n")
+        cpu = [json.loads(path.read_text()) for path in sorted(folder.glob("cpu_*.json"))]
+        report = {"parts": ended, "rows": rows_of(rows_file), "cpu": cpu}
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1))
+        if running.name == "tests" or running.name.startswith("cpu"):
+            print("\n".join(running.log.read_text(errors="replace").splitlines()[-28:]), flush=True)
+
     for name, limit, arguments in PARTS:
         left = deadline - time.monotonic() - 5
         if name not in options.parts or left < 20:
             continue
         if arguments[0] == STEP[0]:
             arguments = (*arguments, "--json", str(rows_file))
-        ended.append(finish(start(name, arguments, options.out, others), min(limit, left)))
+        record(start(name, arguments, folder, others), min(limit, left))
     for running in beside:
-        ended.append(finish(running, deadline - time.monotonic()))
-    rows = rows_of(rows_file)
-    (options.out / "gpu.json").write_text(json.dumps({"parts": ended, "rows": rows}, indent=1))
-    rows_file.unlink(missing_ok=True)
-    for name in ("tests", *(running.name for running in beside)):
-        log = options.out / f"{name}.log"
-        if log.exists():
-            print(f"--- {name}")
-            print("\n".join(log.read_text(errors="replace").splitlines()[-28:]))
-    print_tables(rows)
+        record(running, deadline - time.monotonic())
+    return rows_of(rows_file)
 
 
 if __name__ == "__main__":

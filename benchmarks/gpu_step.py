@@ -216,7 +216,8 @@ def phases(options: argparse.Namespace, report: Callable[[Row], None]) -> None:
         with torch.profiler.profile(activities=activities) as profile:
             run()
             torch.cuda.synchronize()
-        kernels = [event for event in profile.key_averages() if str(event.device_type).endswith("CUDA")]
+        on_device = [event for event in profile.key_averages() if str(event.device_type).endswith("CUDA")]
+        kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
         kernels.sort(key=lambda event: -event.self_device_time_total)
         report(
             {
