@@ -2,11 +2,12 @@
 
     python benchmarks/ingredients.py --seeds 3                       # all, for hours on a CPU, for minutes on a GPU
     python benchmarks/ingredients.py --only plain copy_paste --seeds 2
+    python benchmarks/ingredients.py --config configs/nuclei.yaml --only fp32 bf16 --set data.root=FOLDER
 
-Every training is configs/demo.yaml with the change named here, global batch and number of steps included; it runs in a
-process of its own (two where the ingredient is one of several workers), without Ray, on the GPU if there is one. AP is
-that of the last step, on the demo's validation images. Noise is twice the standard deviation of the plain demo's mask
-AP over its seeds.
+Every training is the recipe of the configuration, the demo's if no other is named, with the change named here, global
+batch and number of steps included; it runs in a process of its own (two where the ingredient is one of several
+workers), without Ray, on the GPU if there is one. AP is that of the last step, on the validation images. Noise is twice
+the standard deviation of the plain recipe's mask AP over its seeds.
 """
 
 import argparse
@@ -92,9 +93,10 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Prepare the data, run the trainings some at a time, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml")
     parser.add_argument("--only", nargs="+", choices=list(INGREDIENTS), default=list(INGREDIENTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each ingredient")
-    parser.add_argument("--plain_seeds", type=int, help="trainings of the plain demo, for the noise")
+    parser.add_argument("--plain_seeds", type=int, help="trainings of the plain recipe, for the noise")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="at the same time")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further training after so many")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ingredients")
@@ -104,12 +106,12 @@ def main() -> None:
     options = parser.parse_args()
     always = {key: yaml.safe_load(value) for key, value in (entry.split("=", 1) for entry in options.set)}
     if options.run:
-        run_alone(options.run[0], int(options.run[1]), always, options.folder)
+        run_alone(options, always)
         return
     started = time.monotonic()
     names = list(dict.fromkeys([PLAIN, *options.only]))
     with torch.multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        configs = [config_of(name, 0, always) for name in names]
+        configs = [config_of(options.config, name, 0, always) for name in names]
         distinct = {data_key(config): config for config in configs}
         pool.starmap(prepare_data, [(config, options.folder) for config in distinct.values()])
     print(f"data: there after {time.monotonic() - started:.0f} s", flush=True)
@@ -132,11 +134,11 @@ def main() -> None:
         options.json.write_text(json.dumps({"device": device_name(), "torch": torch.__version__, "results": results}))
 
 
-def config_of(name: str, seed: int, always: dict[str, Any]) -> ExperimentConfig:
-    """The demo with one ingredient, for one process with the demo's global batch unless it says otherwise."""
-    values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    demo = ExperimentConfig.model_validate(values)
-    changes = {"scaling.num_workers": 1, "train.batch_size_per_worker": demo.global_batch_size, "train.seed": seed}
+def config_of(path: Path, name: str, seed: int, always: dict[str, Any]) -> ExperimentConfig:
+    """A recipe with one ingredient, for one process with the recipe's global batch unless it says otherwise."""
+    values = yaml.safe_load(path.read_text())
+    recipe = ExperimentConfig.model_validate(values)
+    changes = {"scaling.num_workers": 1, "train.batch_size_per_worker": recipe.global_batch_size, "train.seed": seed}
     for key, value in {**changes, **INGREDIENTS[name], **always}.items():
         *sections, knob = key.split(".")
         part = values
@@ -153,9 +155,10 @@ def data_key(config: ExperimentConfig) -> str:
 
 
 def prepare_data(config: ExperimentConfig, folder: Path) -> PreparedData:
-    """Shapes and shards below the folder, made where they are not there yet."""
+    """Shards below the folder, and the shapes where they are asked for, made where they are not there yet."""
     ready = folder / data_key(config)
-    data = config.data.model_copy(update={"root": str(ready / "shapes"), "shards": str(ready / "shards")})
+    root = str(ready / "shapes") if config.data.synthetic is not None else config.data.root
+    data = config.data.model_copy(update={"root": root, "shards": str(ready / "shards")})
     config = config.model_copy(update={"data": data})
     return write(config, check(config, lambda _: None), lambda _: None, on_cluster=False)
 
@@ -189,9 +192,10 @@ def run_process(
     return result
 
 
-def run_alone(name: str, seed: int, always: dict[str, Any], folder: Path) -> None:
+def run_alone(options: argparse.Namespace, always: dict[str, Any]) -> None:
     """One training; its figures as a line of JSON."""
-    config = config_of(name, seed, always)
+    name, seed, folder = options.run[0], int(options.run[1]), options.folder
+    config = config_of(options.config, name, seed, always)
     data = prepare_data(config, folder)
     initial = str(folder / "plain-0.safetensors") if name == FROM_PLAIN else None
     final = str(folder / f"{name}-{seed}.safetensors")
@@ -282,12 +286,12 @@ def as_arrays(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(results: dict[str, list[dict[str, Any]]]) -> None:
-    """The table, and what differs from the plain demo by more than noise."""
+    """The table, and what differs from the plain recipe by more than noise."""
     plain = [entry["segm_AP"] for entry in results[PLAIN]]
     reference = statistics.mean(plain)
     noise = 2 * statistics.stdev(plain) if len(plain) > 1 else float("nan")
     where = f"{device_name()}, torch {torch.__version__}"
-    print(f"\n{where}; plain demo {reference:.3f}, noise {noise:.3f} ({len(plain)} seeds)")
+    print(f"\n{where}; plain {reference:.3f}, noise {noise:.3f} ({len(plain)} seeds)")
     print("| ingredient | mask AP | against plain | box AP | seeds | verdict |\n| --- | --- | --- | --- | --- | --- |")
     for name, entries in results.items():
         if not entries:
