@@ -94,7 +94,7 @@ MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
     (AWS, put(["--shm-size=8g"], "docker", "run_options"), "RAY_AUTH_MODE=token"),
     (AWS, put({}, "file_mounts"), "no node knows the token"),
     (AWS, put(8, TYPES, "head", "resources", "CPU"), "available_node_types.head.resources: needs CPU: 0"),
-    (AWS, drop(TYPES, "ingest", "node_config", "SecurityGroupIds"), "ingest.node_config.SecurityGroupIds: name a group"),
+    (AWS, drop(TYPES, "ingest", "node_config", "SecurityGroupIds"), "ingest.node_config.SecurityGroupIds: name"),
     (AWS, put(False, "provider", "use_internal_ips"), "public addresses"),
     (
         AWS,
@@ -156,7 +156,7 @@ def test_gpus_are_spot_and_eight() -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.yaml: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         read_cluster_file(str(tmp_path / "none.yaml"))
     for content, expected in (("a: [", "is no YAML"), ("- a", "has to be a mapping")):
         path = tmp_path / "bad.yaml"
