@@ -14,6 +14,7 @@ from pipeline import run_state, storage
 from pipeline.checkpoint import read_description
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
+from pipeline.doctor import check_at_start
 from pipeline.errors import UserError
 from pipeline.initial_weights import InitialWeights
 from pipeline.optim import explain_scaling
@@ -64,6 +65,7 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
     shards, validation = ShardSet(data.training), ShardSet(data.validation)
     _check_data(config, shards, validation)
     placement = place_workers(config.scaling, say)
+    check_at_start(config, say)
     state = run_state.read_run(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
