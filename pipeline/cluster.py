@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.config import ScalingSettings
 from pipeline.errors import UserError
 
+# Ray on Linux takes the machine's outside address and listens to the network; so set, it takes and hears the loopback.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 MIN_CPUS_FOR_DATA = 1
 MIN_LOCAL_WORKERS = 2
 
@@ -64,6 +66,8 @@ def connect(debug: bool, reads_data: bool = True) -> None:
     root = str(Path(__file__).resolve().parents[1])
     # Read when Ray starts or by Ray Train in the driver, so set before the import.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(LOOPBACK_ONLY)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     import ray
 

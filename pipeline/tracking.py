@@ -22,6 +22,7 @@ from pipeline.findings import Finding, fix, well
 
 NAMESPACE = "mask-rcnn"
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
+BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"
 RUN_TAG = "mask_rcnn.run_folder"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
@@ -136,6 +137,19 @@ class Tracker:
         folder = self._run_folder.replace("'", "")
         runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{folder}' and attributes.status = 'RUNNING'")
         return [run.info.run_id for run in runs[:1]]
+
+    def link(self) -> str | None:
+        """Where a person sees the run, None where there is none."""
+        if self._run_id is None:
+            return None
+        try:
+            experiment_id = self._client().get_run(self._run_id).info.experiment_id
+        except Exception:  # a server that is away for the moment; the tracker tells when it stays away
+            return None
+        place = f"/#/experiments/{experiment_id}/runs/{self._run_id}"
+        if self._uri.startswith(("http://", "https://")):
+            return self._uri.rstrip("/") + place
+        return f"http://127.0.0.1:5000{place} after `make mlflow`"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step; steps that the run holds already (it was resumed) are left out."""
@@ -260,7 +274,7 @@ def download_checkpoint(run_id: str, uri: str) -> str:
 
     client = MlflowClient(uri)
     folder = tempfile.mkdtemp(prefix="checkpoint-")
-    for artifact_path in ("best_checkpoint", "last_checkpoint"):
+    for artifact_path in (BEST_CHECKPOINT, LAST_CHECKPOINT):
         try:
             if client.list_artifacts(run_id, artifact_path):
                 return str(client.download_artifacts(run_id, artifact_path, folder))
