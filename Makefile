@@ -16,7 +16,7 @@ RUNS ?= runs
 MLFLOW_PORT ?= 5000
 PACKAGES := jobs pipeline model
 
-.PHONY: help setup train test lint format types imports check bench submit ui mlflow lock clean
+.PHONY: help setup train test lint format types imports check bench submit ui mlflow simulate lock clean
 
 help:  ## list the entries
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ mlflow: setup  ## MLflow server for jobs of several machines to try: sqlite and 
 	@mkdir -p $(RUNS)
 	@$(BIN)/mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
 	  --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db --artifacts-destination $(abspath $(RUNS))/mlflow-artifacts
+
+simulate: setup  ## all jobs through `ray job submit` on two nodes that are simulated on the loopback; minutes
+	@$(BIN)/python -m pytest -m simulation tests/simulation $(ARGS)
 
 lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --extra development --universal --python-version 3.11 --generate-hashes \
