@@ -198,7 +198,7 @@ def test_the_training_is_a_command_that_its_job_takes() -> None:
     command = shlex.split(load("train")["spec"]["entrypoint"].replace("/home/ray/mask-rcnn", str(ROOT)))
     assert command[:2] == ["python", str(ROOT / "jobs/train.py")]
     assert Path(command[1]).exists()
-    config = parse("", command[2:]).experiment
+    config = parse("", command[2:], optional={"register": ""}).experiment
     assert config.scaling.num_workers == 8
     (gpu,) = (
         group for group in load("train")["spec"]["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "gpu"

@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from pipeline.cluster_access import sent_files
 from tests.jobs.running import ROOT, Outcome, run_job, write_small_experiment
 
 
@@ -31,6 +33,15 @@ def test_a_cluster_file(tmp_path: Path) -> None:
     outcome = run_job("doctor", "--config", "configs/demo.yaml", "--cluster", str(tmp_path / "cluster.yaml"))
     assert outcome.exit_code == 0, outcome.errors
     assert outcome.output.startswith("ok   cluster file: ")
+
+
+def test_a_clean_clone_is_small(tmp_path: Path) -> None:
+    """What `ray job submit --working-dir .` sends: what a job needs, and nothing more."""
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(tmp_path / "clone")], check=True)
+    sent = sent_files(str(tmp_path / "clone"))
+    assert sum(sent.values()) < 5e6
+    assert {"jobs/train.py", "pipeline/worker.py", "model/mask_rcnn.py", "configs/coco_1x.yaml"} <= set(sent)
+    assert [name for name in sent if name.startswith(("tests/", ".git/", ".ci/", "runs/"))] == []
 
 
 def test_trials_are_a_number() -> None:

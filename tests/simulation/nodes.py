@@ -69,8 +69,8 @@ class Nodes:
     def run(self, command: Sequence[str], folder: Path, **changes: str) -> Outcome:
         """A command of somebody who is outside of the cluster."""
         done = subprocess.run(
-            command, cwd=folder, env={**self.client_environment, **changes}, capture_output=True, text=True, timeout=600,
-            check=False,
+            command, cwd=folder, env={**self.client_environment, **changes},
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)
 
