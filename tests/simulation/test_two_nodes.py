@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
+from pipeline.tracking import default_uri
 from tests.jobs.running import ROOT, Outcome, write_small_experiment
-from tests.simulation.nodes import WORKER, Nodes
+from tests.simulation.nodes import RAY, WORKER, Nodes
 
 pytestmark = pytest.mark.simulation
 NAMED_SECONDS = 20.0
@@ -102,6 +104,27 @@ def test_jobs(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
     wrong = nodes.submit(clone, "python", "jobs/train.py", "--config", config, "--optim.learning_rate", "0.5")
     assert wrong.exit_code == 1
     assert "was begun with another configuration" in wrong.output + wrong.errors
+
+
+def test_stopped_and_begun_again(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
+    """`ray job stop` leaves three seconds: the MLflow run is ended, and the same command goes on from the checkpoint."""
+    train = ("python", "jobs/train.py", "--config", config, "--run.name", "stopped", "--train.epochs")
+    submit = ("job", "submit", "--no-wait", "--submission-id", "stop-me", "--working-dir", ".", "--")
+    assert nodes.run((*RAY, *submit, *train, "200"), clone).exit_code == 0
+    deadline = time.monotonic() + 240
+    while not list((folder / "runs/stopped").glob("checkpoint-*/checkpoint.json")):
+        assert time.monotonic() < deadline, nodes.run((*RAY, "job", "logs", "stop-me"), clone).output
+        time.sleep(0.5)
+    assert nodes.run((*RAY, "job", "stop", "stop-me"), clone).exit_code == 0
+    assert "STOPPED" in nodes.run((*RAY, "job", "status", "stop-me"), clone).output.upper()
+    client = MlflowClient(default_uri(str(folder / "runs")))
+    experiment = client.get_experiment_by_name("mask-rcnn")
+    assert experiment is not None
+    found = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert found["stopped"] == "KILLED"
+    again = nodes.submit(clone, *train, "2")
+    assert again.exit_code == 0, again.output + again.errors
+    assert "going on with run stopped" in again.output
 
 
 def test_a_wrong_token(nodes: Nodes, clone: Path, config: str) -> None:
