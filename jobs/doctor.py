@@ -56,7 +56,12 @@ def main(arguments: list[str]) -> None:
         if head is not None:
             tell(head)
         if not counts[False]:
-            cluster.connect(options.debug, reads_data=False)
+            os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds that Ray tries a wrong token
+            try:
+                cluster.connect(options.debug, reads_data=False)
+            except ConnectionError as error:
+                tell(doctor.refused_finding(address, error))
+        if not counts[False]:
             for finding in doctor.inside_findings(options.experiment, int(trials)):
                 tell(finding)
     say(json.dumps({"well": not counts[False], "seconds": round(time.monotonic() - started, 1)}))

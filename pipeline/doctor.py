@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from pipeline import cluster, storage
-from pipeline.cluster_access import job_server_findings, port_finding, working_directory_finding
+from pipeline.cluster_access import TOKEN_PLACES, job_server_findings, port_finding, working_directory_finding
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 from pipeline.findings import Finding, fix, well
@@ -46,6 +46,15 @@ def inside_findings(config: ExperimentConfig, trials: int = 1) -> Iterator[Findi
 def head_finding(address: str | None) -> Finding | None:
     """Whether the head node listens, where RAY_ADDRESS names one; asked before Ray waits for it."""
     return port_finding(address) if address and ":" in address else None
+
+
+def refused_finding(address: str | None, error: ConnectionError) -> Finding:
+    """A head node that is reached and does not take this process in: most likely, the token is another one."""
+    return fix(
+        "authentication",
+        f"{address} does not take this process in ({str(error).splitlines()[0]}); "
+        f"set RAY_AUTH_MODE as the cluster has it, and put its token into {TOKEN_PLACES}",
+    )
 
 
 def check_at_start(config: ExperimentConfig, say: Say) -> None:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline.tracking import default_uri
 from tests.jobs.running import ROOT, Outcome, write_small_experiment
-from tests.simulation.nodes import RAY, WORKER, Nodes
+from tests.simulation.nodes import HEAD, RAY, WORKER, Nodes
 
 pytestmark = pytest.mark.simulation
 NAMED_SECONDS = 20.0
@@ -107,7 +107,7 @@ def test_jobs(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
 
 
 def test_stopped_and_begun_again(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
-    """`ray job stop` leaves three seconds: the MLflow run is ended, and the same command goes on from the checkpoint."""
+    """`ray job stop` leaves three seconds: enough to end the MLflow run; the same command goes on from the checkpoint."""
     train = ("python", "jobs/train.py", "--config", config, "--run.name", "stopped", "--train.epochs")
     submit = ("job", "submit", "--no-wait", "--submission-id", "stop-me", "--working-dir", ".", "--")
     assert nodes.run((*RAY, *submit, *train, "200"), clone).exit_code == 0
@@ -132,6 +132,12 @@ def test_a_wrong_token(nodes: Nodes, clone: Path, config: str) -> None:
     outcome = doctor(nodes, clone, "--config", config, RAY_AUTH_TOKEN="another-token-0123456789")
     assert outcome.exit_code == 1
     assert "FIX  authentication: the token was refused" in outcome.output
+    assert time.monotonic() - started < NAMED_SECONDS
+    started = time.monotonic()
+    inside = f"{HEAD}:{nodes.gcs}"
+    outcome = doctor(nodes, clone, "--config", config, RAY_AUTH_TOKEN="another-token-0123456789", RAY_ADDRESS=inside)
+    assert outcome.exit_code == 1
+    assert f"FIX  authentication: {inside} does not take this process in" in outcome.output
     assert time.monotonic() - started < NAMED_SECONDS
 
 
