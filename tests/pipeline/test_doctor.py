@@ -117,6 +117,10 @@ def test_nobody_listens() -> None:
     assert "http://127.0.0.1:1 does not answer" in line
     assert not port_finding("127.0.0.1:1").ok
     assert not port_finding("nonsense").ok
+    refused = doctor.refused_finding("127.0.0.2:6379", ConnectionError("Failed to connect\nand more"))
+    assert refused.line.startswith(
+        "FIX  authentication: 127.0.0.2:6379 does not take this process in (Failed to connect)"
+    )
     assert doctor.head_finding(None) is None
     assert doctor.head_finding("auto") is None
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.train import main
+from pipeline.command_line import ConfigurationError, parse
 from pipeline.errors import UserError
 from pipeline.run_state import RunState, write_run
 from pipeline.smoke import forget_last_smoke, smoke_config
@@ -43,3 +45,13 @@ def test_a_real_run_of_such_a_name_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not the run of a smoke test"):
         forget_last_smoke(real)
     assert (tmp_path / "real-smoke" / "run.json").exists()
+
+
+def test_a_smoke_test_registers_nothing() -> None:
+    with pytest.raises(ConfigurationError, match="leave one of them out"):
+        main(["--smoke", "--register", "name"])
+
+
+def test_flags_are_off_unless_given() -> None:
+    assert parse("", [], flags={"smoke": ""}).smoke is False
+    assert parse("", ["--smoke", "--train.epochs", "3"], flags={"smoke": ""}).smoke is True

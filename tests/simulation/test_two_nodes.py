@@ -107,7 +107,7 @@ def test_jobs(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
 
 
 def test_stopped_and_begun_again(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
-    """`ray job stop` leaves three seconds: enough to end the MLflow run; the same command goes on from the checkpoint."""
+    """`ray job stop` leaves three seconds, enough to end the MLflow run; the same command goes on."""
     train = ("python", "jobs/train.py", "--config", config, "--run.name", "stopped", "--train.epochs")
     submit = ("job", "submit", "--no-wait", "--submission-id", "stop-me", "--working-dir", ".", "--")
     assert nodes.run((*RAY, *submit, *train, "200"), clone).exit_code == 0
