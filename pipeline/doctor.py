@@ -39,7 +39,7 @@ def inside_findings(config: ExperimentConfig, trials: int = 1) -> Iterator[Findi
     yield from findings
     if reports:
         yield from version_findings(reports)
-        yield from sight_findings(reports, config)
+        yield from sight_findings(reports, config, {finding.check for finding in findings})
         yield from machine_findings(reports)
 
 
@@ -66,7 +66,8 @@ def check_at_start(config: ExperimentConfig, say: Say) -> None:
     if len(cluster.capacity().nodes) < 2:
         return
     reports, findings = ask_nodes(config)
-    findings += [*version_findings(reports), *sight_findings(reports, config)]
+    unwritten = {finding.check for finding in findings}
+    findings += [*version_findings(reports), *sight_findings(reports, config, unwritten)]
     wrong = [finding for finding in findings if not finding.ok]
     if wrong:
         more = f" (and {len(wrong) - 1} more: python jobs/doctor.py)" if len(wrong) > 1 else ""

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.findings import Finding, fix, well
 
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy")
 ANSWER_SECONDS = 20.0
+MARK = b"written by the doctor"
 MIN_FREE_GIGABYTES = 10.0
 MAX_USED_FRACTION = 0.95  # where Ray stops to spill objects
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # of NVIDIA, by CUDA's major version (CUDA Compatibility, table 1)
@@ -80,29 +81,13 @@ def ask_nodes(config: ExperimentConfig) -> tuple[list[NodeReport], list[Finding]
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    findings: list[Finding] = []
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    marks: dict[str, str] = {}
+    marks, findings = _write_marks(config)
     try:
-        for key, folder in shared_folders(config).items():
-            mark = storage.join(folder, f".doctor-{uuid.uuid4().hex}")
-            try:
-                storage.write_bytes(mark, b"written by the doctor")
-                marks[key] = mark
-            except Exception as error:  # file systems and buckets raise many kinds
-                findings.append(
-                    fix(key, f"{folder} cannot be written ({_one_line(error)}); see to rights and credentials")
-                )
-        task = ray.remote(_look)
         asked = {}
-        for node in nodes:
+        for node in (node for node in ray.nodes() if node["Alive"]):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            seen = marks | needed_paths(config)
-            asked[
-                task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(
-                    _name(node), seen, node["Resources"]
-                )
-            ] = _name(node)
+            task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[task.remote(_name(node), marks, needed_paths(config), node["Resources"])] = _name(node)
         done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
         reports = []
         for answer in done:
@@ -112,9 +97,8 @@ def ask_nodes(config: ExperimentConfig) -> tuple[list[NodeReport], list[Finding]
                 findings.append(fix("nodes", f"{asked[answer]} cannot run a task ({_one_line(error)})"))
         for answer in late:
             ray.cancel(answer, force=True)
-            findings.append(
-                fix("nodes", f"{asked[answer]} does not answer within {ANSWER_SECONDS:g} seconds; see `ray status`")
-            )
+            text = f"{asked[answer]} does not answer within {ANSWER_SECONDS:g} seconds; see `ray status`"
+            findings.append(fix("nodes", text))
     finally:
         for mark in marks.values():
             with contextlib.suppress(Exception):
@@ -122,18 +106,35 @@ def ask_nodes(config: ExperimentConfig) -> tuple[list[NodeReport], list[Finding]
     return sorted(reports, key=lambda report: report.name), findings
 
 
+def _write_marks(config: ExperimentConfig) -> tuple[dict[str, str], list[Finding]]:
+    """A small file in every shared folder, and the folders where that failed."""
+    marks, findings = {}, []
+    for key, folder in shared_folders(config).items():
+        mark = storage.join(folder, f".doctor-{uuid.uuid4().hex}")
+        try:
+            storage.write_bytes(mark, MARK)
+            marks[key] = mark
+        except Exception as error:  # file systems and buckets raise many kinds
+            text = f"{folder} cannot be written ({_one_line(error)}); see to rights and credentials"
+            findings.append(fix(key, text))
+    return marks, findings
+
+
 def _name(node: dict[str, Any]) -> str:
     head = " (head)" if "node:__internal_head__" in node["Resources"] else ""
     return f"node {node['NodeManagerAddress']}{head}"
 
 
-def _look(name: str, seen: dict[str, str], resources: dict[str, float]) -> NodeReport:
+def _look(name: str, marks: dict[str, str], needed: dict[str, str], resources: dict[str, float]) -> NodeReport:
     """Ray task: what this node is and sees."""
     unseen = {}
-    for key, path in seen.items():
+    for key, path in (marks | needed).items():
         try:
-            if not storage.exists(path):
+            there = storage.read_bytes(path) == MARK if key in marks else storage.exists(path)
+            if not there:
                 unseen[key] = f"{path} is not there"
+        except FileNotFoundError:
+            unseen[key] = f"{path} is not there"
         except Exception as error:  # file systems and buckets raise many kinds
             unseen[key] = f"{path}: {_one_line(error)}"
     versions = {"python": platform.python_version()}
@@ -196,9 +197,19 @@ def version_findings(reports: Sequence[NodeReport]) -> Iterator[Finding]:
         yield well("versions", f"{', '.join(told)} on {_nodes(len(reports))}")
 
 
-def sight_findings(reports: Sequence[NodeReport], config: ExperimentConfig) -> Iterator[Finding]:
-    """Shared folders and data that some node does not see."""
+def sight_findings(
+    reports: Sequence[NodeReport], config: ExperimentConfig, unwritten: Collection[str] = ()
+) -> Iterator[Finding]:
+    """Shared folders and data that some node does not see.
+
+    Args:
+        reports: of the nodes.
+        config: what was asked for.
+        unwritten: keys of shared folders that could not be written, of which nothing can be said.
+    """
     for key, path in (shared_folders(config) | needed_paths(config)).items():
+        if key in unwritten:
+            continue
         blind = {report.name: report.unseen[key] for report in reports if key in report.unseen}
         if not blind:
             if key in shared_folders(config):

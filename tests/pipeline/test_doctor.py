@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.findings import Finding, fix, well
 from pipeline.node_checks import (
     NodeReport,
+    ask_nodes,
     machine_findings,
     needed_paths,
     shared_folders,
@@ -309,3 +310,24 @@ def test_a_job_looks_for_itself_where_there_are_several_nodes(monkeypatch: pytes
     monkeypatch.setattr(doctor, "ask_nodes", lambda _: ([REPORT, blind], []))
     with pytest.raises(UserError, match=r"^versions: python differs: .* \(and 3 more: python jobs/doctor\.py\)$"):
         doctor.check_at_start(config, said.append)
+
+
+@pytest.mark.cluster
+def test_nodes_are_asked(local_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train.json").write_text("{}")
+    sources = {"sources": [{"annotations": "train.json"}], "validation_sources": [{"annotations": "val.json"}]}
+    config = small_config(data={"root": str(tmp_path), **sources}, run={"storage_path": str(tmp_path / "runs")})
+    (report,), findings = ask_nodes(config)
+    assert findings == []
+    assert report.unseen == {"data.validation_sources.0.annotations": f"{tmp_path}/val.json is not there"}
+    assert report.versions["ray"] == ray.__version__
+    assert report.resources["CPU"] == 3.0
+    assert report.disk_free_bytes > 0
+    assert list((tmp_path / "runs").iterdir()) == [], "a mark was left behind"
+
+    blocked = small_config(data={"root": str(tmp_path), **sources}, run={"storage_path": str(tmp_path / "train.json")})
+    reports, (finding,) = ask_nodes(blocked)
+    assert finding.text.startswith(f"{tmp_path}/train.json cannot be written")
+    seen = list(sight_findings(reports, blocked, {finding.check}))
+    assert [line.check for line in seen] == ["data.validation_sources.0.annotations"]
