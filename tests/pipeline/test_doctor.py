@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import doctor
+from pipeline import cluster, doctor
 from pipeline.cluster import Capacity
 from pipeline.cluster_access import job_server_findings, port_finding, sent_files, working_directory_finding
 from pipeline.errors import UserError
@@ -300,10 +300,10 @@ def test_a_job_looks_for_itself_where_there_are_several_nodes(monkeypatch: pytes
     said: list[str] = []
     config = small_config()
     monkeypatch.setattr(doctor, "ask_nodes", lambda _: ([REPORT, GPU_NODE], []))
-    monkeypatch.setattr(doctor.cluster, "capacity", lambda: Capacity(NODES, False, None))
+    monkeypatch.setattr(cluster, "capacity", lambda: Capacity(NODES, False, None))
     doctor.check_at_start(config, said.append)
     assert said == []
-    monkeypatch.setattr(doctor.cluster, "capacity", lambda: Capacity(NODES * 2, False, None))
+    monkeypatch.setattr(cluster, "capacity", lambda: Capacity(NODES * 2, False, None))
     doctor.check_at_start(config, said.append)
     assert said == ["cluster: 2 nodes have the same versions and see runs"]
     blind = replace(GPU_NODE, versions={}, unseen={"run.storage_path": "gone"})
