@@ -13,8 +13,9 @@ from typing import Any
 from pipeline.config import ScalingSettings
 from pipeline.errors import UserError
 
-# Ray on Linux takes the machine's outside address and listens to the network; so set, it takes and hears the loopback.
-LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Ray on Linux takes the machine's outside address and listens to the network, and so does gloo; so set, both take the
+# loopback.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 MIN_CPUS_FOR_DATA = 1
 MIN_LOCAL_WORKERS = 2
 
