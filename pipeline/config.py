@@ -251,6 +251,10 @@ class TrainSettings(Config):
     """Stop once an evaluation has this mask AP (and the other targets)."""
     patience: PositiveInt | None = None
     """Stop after so many evaluations in turn without a better mask AP than before."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite; it is recorded in the run's folder in any case."""
+    nonfinite_skips: PositiveInt = 5
+    """Steps that skip leaves out in a whole training; one more stops it."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_every_steps: PositiveInt = 10
@@ -264,8 +268,12 @@ class CheckpointSettings(Config):
     """Epochs between checkpoints."""
     every_minutes: PositiveFloat = 15.0
     """Longest time between two checkpoints."""
-    keep: Annotated[int, Field(ge=2)] = 3
-    """Checkpoints kept: the best, the latest, and others by segm_AP."""
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints, beside the others; null for none of these."""
+    keep_best: PositiveInt = 1
+    """Evaluated checkpoints kept, those with the largest segm_AP."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Latest checkpoints kept; where the last one is damaged, a training goes on from the one before it."""
 
 
 class ScalingSettings(Config):

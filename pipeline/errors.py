@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Shown as `error: ...` without a traceback; the process ends with exit code 1."""
+
+
+class SharedError(UserError):
+    """Raised by all workers of a training together; another attempt would end the same way, so none is made."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import signal
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import run_state, storage
-from pipeline.checkpoint import read_description
+from pipeline.checkpoint_store import CheckpointStore, best, check_writable
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
@@ -24,6 +28,8 @@ from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatt
 from pipeline.worker import make_plan, total_steps, train_worker
 
 Say = Callable[[str], None]
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+FINISH_SECONDS, KILLED_SECONDS = 60.0, 1.5  # for the last delivery to MLflow; Ray kills a stopped job after 3 s
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
@@ -40,8 +46,37 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
         run_state.check_unchanged(state, config, folder)
     if state is None or result is None or result.length != _length(config):
         return None
+    _deliver_the_rest(config, folder, say)
     say(f"run {config.run.name} in {folder} is finished ({result.summary['steps']} steps); nothing to do")
     return result.summary
+
+
+def check_storage(config: ExperimentConfig) -> None:
+    """See that the run's folder can be written, before anything is read or started.
+
+    Raises:
+        UserError: it cannot.
+    """
+    check_writable(run_state.run_folder(config))
+
+
+def _deliver_the_rest(config: ExperimentConfig, folder: str, say: Say) -> None:
+    """Give MLflow what it was not there for when the run ended."""
+    journal_folder = _journal_folder(folder)
+    if not Path(journal_folder).exists():
+        return
+    tracker = Tracker(*_tracker_arguments(config, folder))
+    if not tracker.everything_is_delivered:
+        tracker.deliver(FINISH_SECONDS)
+        say(tracker.get_progress()["problem"] or f"MLflow at {tracking_uri(config)} has now got everything of the run")
+
+
+def _journal_folder(run_folder: str) -> str:
+    """Where this machine keeps what MLflow is to be told: with the run, unless that is in a bucket."""
+    if not storage.is_url(run_folder):
+        return str(Path(run_folder) / "tracking")
+    name = hashlib.sha256(run_folder.encode()).hexdigest()[:16]
+    return str(Path(tempfile.gettempdir()) / "mask-rcnn-tracking" / name)
 
 
 def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights | None, say: Say) -> dict[str, Any]:
@@ -73,8 +108,8 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         weights.write()
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
-    tracker = _start_tracker(config, folder, tracker_name)
-    run_id = _begin_run(tracker, config, state, folder, shards, validation)
+    tracker = _start_tracker(config, folder, tracker_name, state)
+    _begin_run(tracker, config, state, folder, shards, validation)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
@@ -83,18 +118,19 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
             result = _fit(config, data, weights, placement, tracker_name)
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
-        status = "FINISHED"
         if result.return_value["stopped"]:
             say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
-        summary = _summarise(config, result, run_id, time.monotonic() - started)
-        _record_artifacts(tracker, config, shards, result)
-        run_state.write_result(folder, run_state.RunResult(_length(config), summary))
-        return summary
+        _record_checkpoints(tracker, folder)
+        status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        _end_run(tracker, status, say)
+        run_id = _end_run(tracker, status, say)
+    summary = _summarise(folder, result, run_id, time.monotonic() - started)
+    _write_down_run_id(folder, run_id)
+    run_state.write_result(folder, run_state.RunResult(_length(config), summary))
+    return summary
 
 
 def _length(config: ExperimentConfig) -> str:
@@ -146,22 +182,41 @@ def tracking_uri(config: ExperimentConfig) -> str:
     return config.run.mlflow_uri or default_uri(storage.absolute(config.run.storage_path))
 
 
-def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
-    """The tracker as an actor on this node, which lives as long as the driver."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str, str, str, str, str | None]:
+    """What `Tracker` is made with, but for the run that is known."""
     storage_path = storage.absolute(config.run.storage_path)
     uri = tracking_uri(config)
     artifacts = None  # a server has its own place for them
     if uri.startswith("sqlite:") and not storage.is_url(storage_path):
         Path(storage_path).mkdir(parents=True, exist_ok=True)
         artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+    return uri, config.run.mlflow_experiment, config.run.name, folder, _journal_folder(folder), artifacts
+
+
+class TrackerActor(Tracker):
+    """The tracker as an actor: where its process is lost, Ray starts it again and it goes on with its journal."""
+
+    def __init__(self, arguments: tuple[Any, ...], known_run_id: str | None, parameters: dict[str, str]) -> None:
+        super().__init__(*arguments, known_run_id=known_run_id)
+        self.start(parameters)
+
+
+def _start_tracker(config: ExperimentConfig, folder: str, name: str, state: run_state.RunState | None) -> Any:
+    """The tracker as an actor on this node, which lives as long as the driver; nobody waits for MLflow."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if state is None and storage.is_url(folder):
+        shutil.rmtree(_journal_folder(folder), ignore_errors=True)  # of an earlier run that lay there
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {
+        "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here,
+        "max_restarts": -1, "max_task_retries": -1,
+    }  # fmt: skip
     # Calls are run in their order, but those that show progress need not wait behind an upload.
-    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(Tracker).options(**options)
-    return actor.remote(uri, config.run.mlflow_experiment, config.run.name, folder, artifacts)
+    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(TrackerActor).options(**options)
+    known_run_id = state.mlflow_run_id if state else None
+    return actor.remote(_tracker_arguments(config, folder), known_run_id, flatten(config.model_dump(mode="json")))
 
 
 def _begin_run(
@@ -171,21 +226,26 @@ def _begin_run(
     folder: str,
     shards: ShardSet,
     validation: ShardSet,
-) -> str | None:
-    """Begin or take up the MLflow run, and write the run's folder down."""
-    import ray
-
+) -> None:
+    """Write the run's folder down, and record what the run begins with."""
+    if not storage.is_url(folder):
+        # Ray Train's own list of checkpoints. We keep none there, and it would stop at one that is gone or torn.
+        Path(folder, SNAPSHOT_FILE).unlink(missing_ok=True)
+    if state is not None:
+        return
     resolved = config.model_dump(mode="json")
-    run_id: str | None = ray.get(tracker.start.remote(state.mlflow_run_id if state else None, flatten(resolved)))
-    begun_with = state.config if state else resolved
     digests = shards.manifest.digest, validation.manifest.digest
-    known_id = run_id or (state.mlflow_run_id if state else None)  # MLflow may be away now and back later
-    run_state.write_run(folder, run_state.RunState(begun_with, *digests, known_id))
-    if state is None:
-        tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
-        class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
-        tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")
-    return run_id
+    run_state.write_run(folder, run_state.RunState(resolved, *digests, None))
+    tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
+    class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
+    tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")
+
+
+def _write_down_run_id(folder: str, run_id: str | None) -> None:
+    """For those who go on with the run from another machine, or look for it in MLflow."""
+    state = run_state.read_run(folder)
+    if state is not None and run_id is not None and state.mlflow_run_id != run_id:
+        run_state.write_run(folder, replace(state, mlflow_run_id=run_id))
 
 
 def _fit(
@@ -203,6 +263,7 @@ def _fit(
         train_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
+            "run_folder": run_state.run_folder(config),
             "training": data.training,
             "validation": data.validation,
             "initial_weights": weights.path if weights is not None else None,
@@ -219,9 +280,6 @@ def _fit(
             storage_path=storage.absolute(config.run.storage_path),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.run.max_failures, controller_failure_limit=config.run.max_failures
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config.checkpoints.keep, checkpoint_score_attribute="segm_AP", checkpoint_score_order="max"
             ),
         ),
     )
@@ -244,11 +302,11 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
+def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
     """What the job prints; the metrics are those of the checkpoint that it names, the best one."""
-    best = _best_checkpoint(result)
-    with best.as_directory() as folder:
-        metrics = read_description(folder).metrics or result.return_value["metrics"]
+    chosen = best(CheckpointStore(folder).list())
+    assert chosen is not None, "a training ends with a checkpoint"
+    metrics = chosen.description.metrics or result.return_value["metrics"]
     return {
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
@@ -256,34 +314,31 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
         "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),
         "mlflow_run_id": run_id,
-        "checkpoint": best.path,
+        "checkpoint": chosen.path,
     }
 
 
-def _best_checkpoint(result: Any) -> Any:
-    """By segm_AP, the latest of equals."""
-    return max(result.best_checkpoints, key=lambda entry: (entry[1]["segm_AP"], entry[1]["step"]))[0]
+def _record_checkpoints(tracker: Any, folder: str) -> None:
+    """Have MLflow keep the best and the last checkpoint."""
+    stored = CheckpointStore(folder).list()
+    for checkpoint, artifact_path in ((best(stored), "best_checkpoint"), (stored[-1], "last_checkpoint")):
+        if checkpoint is not None:
+            tracker.log_folder.remote(checkpoint.path, artifact_path)
 
 
-def _record_artifacts(tracker: Any, config: ExperimentConfig, shards: ShardSet, result: Any) -> None:
+def _end_run(tracker: Any, status: str, say: Say) -> str | None:
+    """End the MLflow run truthfully; its id, if MLflow ever answered."""
     import ray
 
-    for checkpoint, artifact_path in (
-        (_best_checkpoint(result), "best_checkpoint"),
-        (result.checkpoint, "last_checkpoint"),
-    ):
-        with checkpoint.as_directory() as folder:
-            ray.get(tracker.log_folder.remote(folder, artifact_path))
-
-
-def _end_run(tracker: Any, status: str, say: Say) -> None:
-    import ray
-
+    seconds = KILLED_SECONDS if status == "KILLED" else FINISH_SECONDS
+    run_id: str | None = None
     try:
-        ray.get(tracker.finish.remote(status), timeout=60)
+        ray.get(tracker.finish.remote(status, seconds), timeout=seconds + 1)
+        run_id = ray.get(tracker.run_id.remote(), timeout=5)
         show = tracker.get_progress.options(concurrency_group=SHOW_GROUP)
-        problem = ray.get(show.remote(), timeout=60)["problem"]
+        problem = ray.get(show.remote(), timeout=5)["problem"]
     except (ray.exceptions.RayError, TimeoutError) as error:
         problem = f"the end of the run could not be recorded ({_last_line(error)})"
     if problem:
         say(f"warning: {problem}")
+    return run_id

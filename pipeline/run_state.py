@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "train.patience",
     "train.evaluate_every_epochs",
     "train.log_every_steps",
+    "train.nonfinite",
     "train.batch_size_per_worker",  # together with the passes and the workers, see `check_unchanged`
     "train.accumulation_steps",
     "scaling.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,17 @@ from model.synchronised_norm import synchronise_norms
 from pipeline.checkpoint import (
     AVERAGE_FILE,
     Description,
+    capture,
     check_same_classes,
     load_model_state,
     load_optimizer_state,
     read_description,
-    write_checkpoint,
 )
+from pipeline.checkpoint_store import CheckpointStore, local_folder
+from pipeline.checkpoint_writer import CheckpointWriter, checkpoint_bytes
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
-from pipeline.errors import UserError
+from pipeline.errors import SharedError, UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.freezing import freeze
 from pipeline.initial_weights import load_initial_weights
@@ -50,6 +52,8 @@ from pipeline.training import (
 
 NUM_PICTURES = 4
 EVALUATION_BATCH_SIZE = 8
+JOURNAL_SECONDS = 30.0  # a checkpoint waits at most so long for the metrics before it to be on a disk
+MESSAGE_LENGTH = 900  # Ray Train broadcasts less than 1 kB
 MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a millisecond before the first batch comes
 
 
@@ -94,19 +98,19 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train from the latest checkpoint of the run to its last step.
 
     Args:
-        settings: config (as from `model_dump`), training and validation (folders of shards), initial_weights (file, or
-            None for random ones), tracker (actor name), cpus_for_data.
+        settings: config (as from `model_dump`), run_folder, training and validation (folders of shards),
+            initial_weights (file, or None for random ones), tracker (actor name), cpus_for_data.
 
     Returns:
         Of rank 0: the steps done, images_per_second, and the metrics of the last evaluation; or an error that another
         attempt would only repeat.
     """
     worker = Worker(settings)
-    worker.restore()
     try:
+        worker.restore()
         worker.train()
-    except NonFiniteLossError as error:
-        # All workers see the same averages and stop together; raised, it would be tried again, to the same end.
+    except (NonFiniteLossError, SharedError) as error:
+        # All workers see the same and stop together; raised, it would be tried again, to the same end.
         return {"error": str(error)}
     return worker.summary()
 
@@ -156,22 +160,28 @@ class Worker:
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
+        self.store = CheckpointStore(settings["run_folder"])
+        self.writer = CheckpointWriter(self.store, self.config.checkpoints) if self.rank == 0 else None
+        self.unreported: dict[str, Any] | None = None
+        self.last_logged: Any = None
         self.gloo = self._object_group()
 
     def restore(self) -> None:
-        """Go on from the latest checkpoint that Ray Train knows of, else begin with the run's initial weights."""
-        import ray.train
+        """Go on from the newest whole checkpoint of the run, else begin with the run's initial weights.
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        Raises:
+            SharedError: the disk has no room for checkpoints.
+        """
+        newest = self._newest_checkpoint()
+        if newest is None:
             if self.initial_weights is not None:
                 load_initial_weights(self.initial_weights, self.model)
                 if self.averaged is not None:
                     load_initial_weights(self.initial_weights, self.averaged)
             return
-        with checkpoint.as_directory() as folder:
+        with local_folder(newest) as folder:
             description = read_description(folder)
-            check_same_classes(description, list(self.shards.manifest.class_names), folder)
+            check_same_classes(description, list(self.shards.manifest.class_names), newest)
             load_model_state(folder, self.model)
             load_optimizer_state(folder, self.optimizer)
             if self.averaged is not None:
@@ -182,6 +192,35 @@ class Worker:
         self.evaluations = description.evaluations
         self.stopped = stop_reason(self.evaluations, self.config.train)
         self.speed_before = description.images_per_second
+
+    def _newest_checkpoint(self) -> str | None:
+        """Rank 0 looks, all agree; what it refuses it says aloud."""
+        import ray.train.collective
+
+        newest, problem = None, None
+        if self.rank == 0:
+            self.store.remove_unfinished()
+            newest = self.store.newest_whole(self._warn)
+            keep = self.config.checkpoints.keep_best + self.config.checkpoints.keep_last
+            try:
+                self.store.check_room(checkpoint_bytes(self.model, self.optimizer, self.averaged), keep)
+            except UserError as error:
+                problem = str(error)
+        self._stop_together(problem)
+        agreed: str | None = ray.train.collective.broadcast_from_rank_zero(newest)
+        return agreed
+
+    def _stop_together(self, problem: str | None) -> None:
+        """Raise on all workers what rank 0 has found.
+
+        Raises:
+            SharedError: there is a problem.
+        """
+        import ray.train.collective
+
+        problem = ray.train.collective.broadcast_from_rank_zero(problem[:MESSAGE_LENGTH] if problem else None)
+        if problem is not None:
+            raise SharedError(problem)
 
     def train(self) -> None:
         """Step through the rest of the plan."""
@@ -196,6 +235,10 @@ class Worker:
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
+        if self.config.checkpoints.every_steps is not None:
+            checkpoints |= set(
+                range(self.config.checkpoints.every_steps, self.last_step, self.config.checkpoints.every_steps)
+            )
         checkpointed_at = time.monotonic()
         fetched: list[Tensor] = []
         pace = _Pace()
@@ -296,17 +339,17 @@ class Worker:
         images_per_second = pace.steps * self.config.global_batch_size / seconds
         rows = values.tolist()
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
+        to_log: list[tuple[int, dict[str, float]]] = []
         for offset, row in enumerate(rows):
             check_finite(row, first_step + offset)
-            self._log(
-                first_step + offset + 1,
-                {
-                    **dict(zip(STEP_METRICS, row, strict=True)),
-                    "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
-                    "images_per_second": images_per_second,
-                    "data_wait_fraction": pace.waited / seconds,
-                },
-            )
+            metrics = {
+                **dict(zip(STEP_METRICS, row, strict=True)),
+                "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
+                "images_per_second": images_per_second,
+                "data_wait_fraction": pace.waited / seconds,
+            }
+            to_log.append((first_step + offset + 1, metrics))
+        self._log_rows(to_log)
         self._show(
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
@@ -361,12 +404,9 @@ class Worker:
         self.tracker.log_picture.remote(picture, f"step-{self.step:07d}.png")
 
     def _checkpoint(self, evaluated: bool) -> None:
-        """Save the state and wait until it is known to the controller, so that a crash right after does not lose it."""
-        import ray.train
-
-        checkpoint = None
-        if self.rank == 0:
-            folder = tempfile.mkdtemp(prefix="checkpoint-")
+        """Save the state; an evaluated one is waited for, others are written while the training goes on."""
+        self._finish_checkpoint()
+        if self.writer is not None:
             description = Description(
                 step=self.step,
                 epoch=self._epoch(),
@@ -375,23 +415,53 @@ class Worker:
                 class_names=list(self.shards.manifest.class_names),
                 manifest_digest=self.shards.manifest.digest,
                 config=self.config.model_dump(mode="json"),
-                evaluations=self.evaluations,
+                evaluations=list(self.evaluations),
                 gradient_scaler=self.scaler.state_dict(),
             )
-            write_checkpoint(folder, self.model, self.optimizer, description, self.averaged)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            state = capture(self.model, self.optimizer, self.averaged)
+            self.writer.start(state, description, self._wait_for_journal(self.last_logged))
         score = self.metrics["segm_AP"] if evaluated else -1.0  # what was not evaluated is never the best
-        ray.train.report(
-            {"step": self.step, "segm_AP": score},
-            checkpoint=checkpoint,
-            checkpoint_dir_name=f"checkpoint-{self.step:07d}",
-            delete_local_checkpoint_after_upload=True,
-        )
-        ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+        self.unreported = {"step": self.step, "segm_AP": score, "checkpoint_path": self.store.path(self.step)}
+        if evaluated:
+            self._finish_checkpoint()
+
+    def _finish_checkpoint(self) -> None:
+        """Wait for the checkpoint under way and report it to Ray Train, which keeps none itself.
+
+        Raises:
+            SharedError: it could not be written.
+        """
+        import ray.train
+
+        if self.unreported is None:
+            return
+        self._stop_together(self.writer.finish() if self.writer is not None else None)
+        report, self.unreported = self.unreported, None
+        ray.train.report(report)
+
+    def _wait_for_journal(self, last_logged: Any) -> Callable[[], None]:
+        """What a checkpoint waits for before it counts: a resume from it would not log the steps before it again."""
+        import ray
+
+        def wait() -> None:
+            if last_logged is not None:
+                with contextlib.suppress(ray.exceptions.RayError):  # without a tracker there is nobody to tell
+                    ray.get(last_logged, timeout=JOURNAL_SECONDS)
+
+        return wait
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self._log_rows([(step, metrics)])
+
+    def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        """Send metrics of steps to the tracker, without waiting."""
         if self.tracker is not None:
-            self.tracker.log.remote(step, metrics)
+            self.last_logged = self.tracker.log.remote(rows)
+
+    def _warn(self, text: str) -> None:
+        """Have the driver tell the user."""
+        if self.tracker is not None:
+            self.tracker.warn.options(concurrency_group=SHOW_GROUP).remote(text)
 
     def _show(self, **news: Any) -> None:
         """Tell the driver where the training is."""
