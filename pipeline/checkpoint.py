@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -154,10 +155,13 @@ def _write_tensors(tensors: dict[str, torch.Tensor], path: str) -> None:
 
 
 def _write_optimizer(state: dict[str, Any], path: str) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what its archive writer makes of a full disk
-        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+    """By way of memory: on a full disk torch's own archive writer keeps its file open, and with it the space."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    with open(path, "wb", buffering=0) as file:
+        rest = content.getbuffer()
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 def _flush(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, PositiveFloat, PositiveInt
+from pipeline.batch_shares import explain_division
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -243,6 +244,8 @@ class TrainSettings(Config):
     """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it, fp16 on older GPUs."""
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"
     """What workers send their gradients as."""
+    deterministic: bool | None = None
+    """Add up gradients in a fixed order, for the same bits after a resume with 3 and more workers; null: on CPUs."""
     seed: NonNegativeInt = 0
     """What initial weights, order, augmentation and sampling are functions of."""
     target_bbox_AP: Fraction | None = None  # noqa: N815 - as the metric is called
@@ -281,6 +284,8 @@ class ScalingSettings(Config):
 
     num_workers: PositiveInt = 2
     """Data-parallel training processes."""
+    min_workers: PositiveInt | None = None
+    """Go on with as few workers while nodes are lost, the global batch staying as it is; null: wait for all."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """What workers train on; auto takes GPUs where the cluster has one for every worker."""
     cpus_per_worker: PositiveInt = 1
@@ -302,6 +307,10 @@ class RunSettings(Config):
     """MLflow experiment."""
     max_failures: NonNegativeInt = 3
     """Lost workers or crashes after which the run gives up."""
+    max_preemptions: NonNegativeInt = 100
+    """Nodes taken back with notice after which the run gives up."""
+    hang_minutes: PositiveFloat = 10.0
+    """Time without any movement after which a worker is taken for hanging, and is ended and started again."""
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> Self:
@@ -334,6 +343,18 @@ class ExperimentConfig(Config):
     def global_batch_size(self) -> int:
         """Images a step over all workers."""
         return self.train.batch_size_per_worker * self.train.accumulation_steps * self.scaling.num_workers
+
+    @model_validator(mode="after")
+    def _batch_can_be_shared_out(self) -> Self:
+        least, most = self.scaling.min_workers, self.scaling.num_workers
+        if least is None:
+            return self
+        if least > most:
+            raise ValueError(f"scaling.min_workers {least} is more than scaling.num_workers {most}")
+        problem = explain_division(self.global_batch_size, least, most)
+        if problem is not None:
+            raise ValueError(f"scaling.min_workers {least} to scaling.num_workers {most}: {problem}")
+        return self
 
     @model_validator(mode="after")
     def _frozen_layers_keep_their_statistics(self) -> Self:

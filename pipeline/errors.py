@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class SharedError(UserError):
     """Raised by all workers of a training together; another attempt would end the same way, so none is made."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM, `ray job stop`): exit code 143."""

@@ -7,7 +7,9 @@ files/          contents of records that are too large for a line, until they ar
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -60,14 +62,24 @@ class Journal:
             file.truncate(file.read().rfind(b"\n") + 1)
 
     def append(self, record: Record) -> None:
-        """Add a record; it is in the hands of the operating system when this returns."""
+        """Add a record; it is in the hands of the operating system when this returns.
+
+        Raises:
+            OSError: it could not be written, and nothing of it was.
+        """
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self.is_new:
                 self._write_mark(self.mark)
                 self.is_new = False
-            with open(self._records_path, "ab") as file:
-                file.write(line)
+            with open(self._records_path, "ab", buffering=0) as file:
+                whole = file.tell()
+                try:
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(whole)  # what comes after half a record could not be read
+                    raise
 
     def keep_file(self, content: bytes, name: str) -> str:
         """Write down the content that a record is to name; its name in the journal's folder."""

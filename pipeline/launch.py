@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import run_state, storage
 from pipeline.checkpoint_store import CheckpointStore, best, check_writable
-from pipeline.cluster import Placement, place_workers
-from pipeline.config import ExperimentConfig
-from pipeline.errors import UserError
+from pipeline.cluster import GROUP_START_SECONDS, Placement, place_workers
+from pipeline.config import ExperimentConfig, ScalingSettings
+from pipeline.errors import Terminated, UserError
 from pipeline.initial_weights import InitialWeights
 from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
+from pipeline.run_actor import RunActor, RunActorSettings
 from pipeline.shards import ShardSet
 from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten
 from pipeline.worker import make_plan, total_steps, train_worker
@@ -30,6 +35,7 @@ from pipeline.worker import make_plan, total_steps, train_worker
 Say = Callable[[str], None]
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 FINISH_SECONDS, KILLED_SECONDS = 60.0, 1.5  # for the last delivery to MLflow; Ray kills a stopped job after 3 s
+RESIZE_SECONDS = 300.0  # a group that grows is started again, so not too often
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
@@ -108,13 +114,13 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         weights.write()
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
-    tracker = _start_tracker(config, folder, tracker_name, state)
+    tracker = _start_tracker(config, folder, tracker_name, state, data.training)
     _begin_run(tracker, config, state, folder, shards, validation)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
     try:
-        with ProgressDisplay(tracker, say):
+        with _ending_on_sigterm(), ProgressDisplay(tracker, say):
             result = _fit(config, data, weights, placement, tracker_name)
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
@@ -193,16 +199,30 @@ def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str,
     return uri, config.run.mlflow_experiment, config.run.name, folder, _journal_folder(folder), artifacts
 
 
-class TrackerActor(Tracker):
-    """The tracker as an actor: where its process is lost, Ray starts it again and it goes on with its journal."""
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise `Terminated`; Ray's own handler, set with its start, would end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def __init__(self, arguments: tuple[Any, ...], known_run_id: str | None, parameters: dict[str, str]) -> None:
-        super().__init__(*arguments, known_run_id=known_run_id)
-        self.start(parameters)
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _start_tracker(config: ExperimentConfig, folder: str, name: str, state: run_state.RunState | None) -> Any:
-    """The tracker as an actor on this node, which lives as long as the driver; nobody waits for MLflow."""
+def _start_tracker(
+    config: ExperimentConfig, folder: str, name: str, state: run_state.RunState | None, training: str
+) -> Any:
+    """The tracker as an actor on this node, which lives as long as the driver; nobody waits for MLflow.
+
+    Where its process is lost, Ray starts it again and it goes on with its journal.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -214,9 +234,11 @@ def _start_tracker(config: ExperimentConfig, folder: str, name: str, state: run_
         "max_restarts": -1, "max_task_retries": -1,
     }  # fmt: skip
     # Calls are run in their order, but those that show progress need not wait behind an upload.
-    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(TrackerActor).options(**options)
+    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(RunActor).options(**options)
     known_run_id = state.mlflow_run_id if state else None
-    return actor.remote(_tracker_arguments(config, folder), known_run_id, flatten(config.model_dump(mode="json")))
+    parameters = flatten(config.model_dump(mode="json"))
+    arguments = _tracker_arguments(config, folder)
+    return actor.remote(RunActorSettings(arguments, known_run_id, parameters, config, training))
 
 
 def _begin_run(
@@ -271,15 +293,18 @@ def _fit(
             "cpus_for_data": placement.cpus_for_data,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.num_workers,
+            num_workers=_worker_range(config.scaling),
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.resources_per_worker,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
             storage_path=storage.absolute(config.run.storage_path),
             failure_config=ray.train.FailureConfig(
-                max_failures=config.run.max_failures, controller_failure_limit=config.run.max_failures
+                max_failures=config.run.max_failures,
+                controller_failure_limit=config.run.max_failures + _starts_while_waiting(config.scaling),
+                max_preemption_failures=config.run.max_preemptions,
             ),
         ),
     )
@@ -295,6 +320,17 @@ def _fit(
         raise KeyboardInterrupt from stopped
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _worker_range(scaling: ScalingSettings) -> int | tuple[int, int]:
+    least = scaling.min_workers
+    return scaling.num_workers if least in (None, scaling.num_workers) else (least, scaling.num_workers)
+
+
+def _starts_while_waiting(scaling: ScalingSettings) -> int:
+    """How often Ray Train looks in vain for room for its workers while a lost node is waited for."""
+    seconds = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", GROUP_START_SECONDS))
+    return math.ceil(scaling.wait_for_nodes_minutes * 60 / seconds)
 
 
 def _last_line(error: BaseException) -> str:

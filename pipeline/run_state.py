@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "train.evaluate_every_epochs",
     "train.log_every_steps",
     "train.nonfinite",
+    "train.deterministic",
     "train.batch_size_per_worker",  # together with the passes and the workers, see `check_unchanged`
     "train.accumulation_steps",
     "scaling.",

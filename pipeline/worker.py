@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
+from pipeline.batch_shares import batch_share
 from pipeline.checkpoint import (
     AVERAGE_FILE,
     Description,
@@ -31,7 +33,17 @@ from pipeline.ema import averaged_copy, update_average
 from pipeline.errors import SharedError, UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.freezing import freeze
+from pipeline.gradient_exchange import exchange_gradients
 from pipeline.initial_weights import load_initial_weights
+from pipeline.nonfinite import (
+    SMALLEST_SCALE,
+    computed_again,
+    is_bad,
+    planned_step,
+    record_path,
+    write_batches,
+    write_record,
+)
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
@@ -45,10 +57,11 @@ from pipeline.training import (
     NonFiniteLossError,
     autocast_dtype,
     check_finite,
-    compress_gradients,
     gradient_scaler,
     train_step,
 )
+from pipeline.update_guard import UpdateGuard
+from pipeline.watchdog import Pulse, first_beat
 
 NUM_PICTURES = 4
 EVALUATION_BATCH_SIZE = 8
@@ -112,6 +125,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     except (NonFiniteLossError, SharedError) as error:
         # All workers see the same and stop together; raised, it would be tried again, to the same end.
         return {"error": str(error)}
+    finally:
+        worker.pulse.stop()
     return worker.summary()
 
 
@@ -129,6 +144,7 @@ class Worker:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import ray.train
+        import ray.train.collective
         import ray.train.torch
 
         context = ray.train.get_context()
@@ -141,7 +157,13 @@ class Worker:
         self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
         self.cpus_for_data: float = settings["cpus_for_data"]
         self.initial_weights: str | None = settings["initial_weights"]
-        self.tracker = ray.get_actor(settings["tracker"], namespace=NAMESPACE) if self.rank == 0 else None
+        run_actor = ray.get_actor(settings["tracker"], namespace=NAMESPACE)
+        self.tracker = run_actor if self.rank == 0 else None
+        group = ray.train.collective.broadcast_from_rank_zero(uuid.uuid4().hex)
+        beat = first_beat(group, self.rank, self.num_workers, ray.get_runtime_context().get_node_id())
+        self.pulse = Pulse(beat, run_actor.beat.options(concurrency_group=SHOW_GROUP).remote)
+        images = self.config.train.batch_size_per_worker
+        self.share = batch_share(self.config.global_batch_size, self.num_workers, images)
 
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
@@ -155,7 +177,9 @@ class Worker:
         freeze(self.model, self.config.train.trainable_layers)
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.averaged = averaged_copy(self.model) if self.config.optim.ema_decay is not None else None
-        self.step = 0
+        self.noticed: set[str] = set()
+        self.guard = UpdateGuard(self.config.train.nonfinite)
+        self.step, self.skipped_steps = 0, 0
         self.metrics: dict[str, float] = {}
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
@@ -189,6 +213,7 @@ class Worker:
             if description.gradient_scaler:
                 self.scaler.load_state_dict(description.gradient_scaler)
         self.step, self.metrics = description.step, description.metrics
+        self.skipped_steps = description.skipped_steps
         self.evaluations = description.evaluations
         self.stopped = stop_reason(self.evaluations, self.config.train)
         self.speed_before = description.images_per_second
@@ -231,7 +256,7 @@ class Worker:
         import ray.train.torch
 
         parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
-        compress_gradients(parallel, self.config.train.gradient_compression)
+        exchange_gradients(parallel, self.config.train.gradient_compression, self._adds_in_fixed_order())
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
@@ -245,28 +270,33 @@ class Worker:
         batches = self._batches()
         while self.step < self.last_step and not self.stopped:
             waiting_since = time.monotonic()
-            of_step = [self._on_device(next(batches)) for _ in range(self.config.train.accumulation_steps)]
+            self.pulse.at(self.step, "waiting for data of step")
+            of_step = [self._on_device(next(batches)) for _ in range(self.share.passes)]
             pace.waited += time.monotonic() - waiting_since
+            self.pulse.at(self.step, "step")
             fetched.append(self._train_step(parallel, of_step))
             if self.averaged is not None and self.config.optim.ema_decay is not None:
                 update_average(self.averaged, self.model, self.step, self.config.optim.ema_decay)
             self.step += 1
             pace.steps += 1
-            if self.step not in checkpoints and self.step % self.config.train.log_every_steps:
+            # On a CPU nothing has to be waited for to see at once whether the step was bad.
+            is_known_bad = self.device.type == "cpu" and is_bad(fetched[-1][-1:].tolist())
+            if self.step not in checkpoints and self.step % self.config.train.log_every_steps and not is_known_bad:
                 continue
             overdue = time.monotonic() - checkpointed_at > self.config.checkpoints.every_minutes * 60
             checkpoint_now = self._log_steps(fetched, pace, overdue) or self.step in checkpoints
+            notice = self._has_notice()
             if self.step in evaluations:
                 self._evaluate()
-            if checkpoint_now:
-                self._checkpoint(evaluated=self.step in evaluations)
+            if checkpoint_now or notice:
+                self._checkpoint(evaluated=self.step in evaluations, wait=notice)
                 checkpointed_at = time.monotonic()
             fetched, pace = [], _Pace()
         if not self.stopped and next(batches, None) is not None:
             raise RuntimeError("the stream goes on after the last step")
 
     def _train_step(self, parallel: nn.Module, batches: list[Batch]) -> Tensor:
-        arguments = (self.optimizer, self.config, self.step, self.last_step, self.dtype, self.scaler)
+        arguments = (self.optimizer, self.config, self.step, self.last_step, self.dtype, self.scaler, self.guard)
         return train_step(parallel, batches, *arguments)
 
     def summary(self) -> dict[str, Any]:
@@ -283,8 +313,7 @@ class Worker:
 
     def _batches(self) -> Iterator[Batch]:
         """Batches of this worker from the present step to the last."""
-        images = self.config.train.batch_size_per_worker * self.config.train.accumulation_steps
-        per_block = steps_per_block(self.shards.manifest.canvases, images)
+        per_block = steps_per_block(self.shards.manifest.canvases, self.share.images * self.share.passes)
         steps = max(1, MAX_BLOCKS_PER_STREAM // self.num_workers) * per_block
         for first_step in range(self.step, self.last_step, steps):
             yield from self._stream(first_step, min(first_step + steps, self.last_step), per_block)
@@ -298,12 +327,8 @@ class Worker:
 
         iterators = None
         if self.rank == 0:
-            manifest = self.shards.manifest
-            settings = self.config.train
             blocks = planned_blocks(self.plan, first_step, last_step, self.num_workers, per_block)
-            load = LoadBlock(
-                self.data.training, manifest.digest, self.config.augment, settings.seed, self.config.data.mini_masks
-            )
+            load = self._load_block()
             store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
             iterators = split_stream(blocks, load, self.num_workers, self.cpus_for_data, store_bytes)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
@@ -313,10 +338,15 @@ class Worker:
             first_step,
             last_step,
             self.rank,
-            self.config.train.batch_size_per_worker,
+            self.share.images,
             self.num_workers,
-            self.config.train.accumulation_steps,
+            self.share.passes,
         )
+
+    def _load_block(self) -> LoadBlock:
+        """What turns planned rows into samples."""
+        config, digest = self.config, self.shards.manifest.digest
+        return LoadBlock(self.data.training, digest, config.augment, config.train.seed, config.data.mini_masks)
 
     def _log_steps(self, fetched: list[Tensor], pace: _Pace, overdue: bool) -> bool:
         """Average the metrics of the latest steps over the workers and log them.
@@ -341,7 +371,8 @@ class Worker:
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
         to_log: list[tuple[int, dict[str, float]]] = []
         for offset, row in enumerate(rows):
-            check_finite(row, first_step + offset)
+            if is_bad(row):
+                self._take_bad_step(first_step + offset, row)
             metrics = {
                 **dict(zip(STEP_METRICS, row, strict=True)),
                 "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
@@ -350,6 +381,11 @@ class Worker:
             }
             to_log.append((first_step + offset + 1, metrics))
         self._log_rows(to_log)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteLossError(
+                f"step {self.step}: the loss scale of fp16 has fallen to {self.scaler.get_scale():g}, every gradient "
+                "overflows; take --train.precision bf16 or fp32"
+            )
         self._show(
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
@@ -358,8 +394,62 @@ class Worker:
         )
         return bool(decision.item() > 0)
 
+    def _take_bad_step(self, step: int, values: list[float]) -> None:
+        """Record a step whose numbers are not finite; go on where the configuration allows it.
+
+        Raises:
+            NonFiniteLossError: it does not.
+        """
+        path = self._record_bad_step(step, values)
+        self.skipped_steps += 1
+        settings = self.config.train
+        try:
+            check_finite(values, step)
+        except NonFiniteLossError as error:
+            told = f"{error}; recorded in {path}, computed again by: python jobs/replay.py --step_file {path}"
+            if settings.nonfinite == "skip" and self.skipped_steps <= settings.nonfinite_skips:
+                self._warn(f"{told}; left out, the {self.skipped_steps}. of {settings.nonfinite_skips}")
+                return
+            raise NonFiniteLossError(told) from error
+
+    def _record_bad_step(self, step: int, values: list[float]) -> str:
+        """Every worker writes its batches and computes them alone, rank 0 the rest; see `pipeline.nonfinite`."""
+        passes = self.share.passes
+        planned = planned_step(self.plan, self._load_block(), self.shards, step, self.rank, self.num_workers, passes)
+        on_device = [self._on_device(batch) for batch in planned.batches]
+        mine = {
+            "rank": self.rank,
+            "images": planned.images,
+            "batches": write_batches(self.store.run_folder, step, self.rank, planned.batches),
+            **computed_again(self.model, on_device, self.config, self.dtype),
+        }
+        workers: list[Any] = [mine]
+        if self.num_workers > 1:
+            workers = [None] * self.num_workers
+            torch.distributed.all_gather_object(workers, mine, group=self.gloo)
+        if self.rank == 0:
+            schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
+            is_exact = self.config.train.nonfinite == "stop" or self.step == step + 1
+            further = {
+                "learning_rate": learning_rate(step, self.last_step, schedule),
+                "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
+                "weights_of_step": step if is_exact else self.step,
+                "device": self.device.type,
+                "precision": {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.dtype],
+                "class_names": list(self.shards.manifest.class_names),
+                "config": self.config.model_dump(mode="json"),
+            }
+            write_record(self.store.run_folder, step, values, workers, self.model, further)
+        return record_path(self.store.run_folder, step)
+
+    def _adds_in_fixed_order(self) -> bool:
+        """Whether gradients are to be summed rank by rank; see `pipeline.gradient_exchange`."""
+        wanted = self.config.train.deterministic
+        return self.num_workers > 2 and (self.device.type == "cpu" if wanted is None else wanted)
+
     def _evaluate(self) -> None:
         """COCO AP on the validation rows, shared out among the workers."""
+        self.pulse.at(self.step, "evaluation")
         if self.num_workers > 1:
             # Norm statistics are each worker's own since the last forward pass; rank 0's go into the checkpoint.
             for buffer in [*self.model.buffers(), *(self.averaged.buffers() if self.averaged else ())]:
@@ -403,8 +493,21 @@ class Worker:
         picture = draw_comparison(found, self.validation.manifest.class_names)
         self.tracker.log_picture.remote(picture, f"step-{self.step:07d}.png")
 
-    def _checkpoint(self, evaluated: bool) -> None:
+    def _has_notice(self) -> bool:
+        """Whether a node of this run is about to be taken back and the state has not been saved for that."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()  # the same for all workers
+        if info is None or set(info.preempted_node_ids) <= self.noticed:
+            return False
+        self.noticed |= set(info.preempted_node_ids)
+        if self.rank == 0:
+            self._warn(f"a node is about to be taken back; the state of step {self.step} is saved")
+        return True
+
+    def _checkpoint(self, evaluated: bool, wait: bool = False) -> None:
         """Save the state; an evaluated one is waited for, others are written while the training goes on."""
+        self.pulse.at(self.step, "checkpoint")
         self._finish_checkpoint()
         if self.writer is not None:
             description = Description(
@@ -417,12 +520,13 @@ class Worker:
                 config=self.config.model_dump(mode="json"),
                 evaluations=list(self.evaluations),
                 gradient_scaler=self.scaler.state_dict(),
+                skipped_steps=self.skipped_steps,
             )
             state = capture(self.model, self.optimizer, self.averaged)
             self.writer.start(state, description, self._wait_for_journal(self.last_logged))
         score = self.metrics["segm_AP"] if evaluated else -1.0  # what was not evaluated is never the best
         self.unreported = {"step": self.step, "segm_AP": score, "checkpoint_path": self.store.path(self.step)}
-        if evaluated:
+        if evaluated or wait:
             self._finish_checkpoint()
 
     def _finish_checkpoint(self) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from model.mask_rcnn import MaskRCNN
-from pipeline import checkpoint_store
 from pipeline.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -173,7 +172,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage("/")
     store.check_room(1000, 3)
-    monkeypatch.setattr(checkpoint_store.shutil, "disk_usage", lambda _: usage._replace(free=100_000_000))
+    monkeypatch.setattr("pipeline.checkpoint_store.shutil.disk_usage", lambda _: usage._replace(free=100_000_000))
     store.check_room(20_000_000, 3)  # 4 * 20 + 16 MB
     with pytest.raises(UserError, match=r"100 MB are free, 4 more checkpoints of 30 MB need 137 MB; make room"):
         store.check_room(30_000_000, 3)

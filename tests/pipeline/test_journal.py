@@ -77,10 +77,12 @@ def test_another_run_is_told_everything_from_the_beginning(tmp_path: Path) -> No
 
 def test_threads_append_whole_records(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
-    threads = [
-        threading.Thread(target=lambda start=start: [journal.append({"n": start + i}) for i in range(100)])
-        for start in (0, 100, 200)
-    ]
+
+    def append_from(start: int) -> None:
+        for n in range(start, start + 100):
+            journal.append({"n": n})
+
+    threads = [threading.Thread(target=append_from, args=(start,)) for start in (0, 100, 200)]
     for thread in threads:
         thread.start()
     for thread in threads:
