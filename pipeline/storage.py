@@ -110,6 +110,8 @@ def delete_file(path: str) -> None:
 def upload(local_path: str, path: str) -> None:
     """Copy a local file, piece by piece."""
     filesystem, inner = open_filesystem(path)
+    if path.partition("://")[0] not in _BUCKETS:  # which have no folders
+        filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
     with open(local_path, "rb") as source, filesystem.open_output_stream(inner) as target:
         shutil.copyfileobj(source, target, COPY_BYTES)
 

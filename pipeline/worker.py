@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
+from pipeline.bad_steps import BadSteps, check_scale
 from pipeline.batch_shares import batch_share
 from pipeline.checkpoint import (
     AVERAGE_FILE,
@@ -35,15 +36,7 @@ from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, 
 from pipeline.freezing import freeze
 from pipeline.gradient_exchange import exchange_gradients
 from pipeline.initial_weights import load_initial_weights
-from pipeline.nonfinite import (
-    SMALLEST_SCALE,
-    computed_again,
-    is_bad,
-    planned_step,
-    record_path,
-    write_batches,
-    write_record,
-)
+from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
@@ -56,7 +49,6 @@ from pipeline.training import (
     STEP_METRICS,
     NonFiniteLossError,
     autocast_dtype,
-    check_finite,
     gradient_scaler,
     train_step,
 )
@@ -179,7 +171,7 @@ class Worker:
         self.averaged = averaged_copy(self.model) if self.config.optim.ema_decay is not None else None
         self.noticed: set[str] = set()
         self.guard = UpdateGuard(self.config.train.nonfinite)
-        self.step, self.skipped_steps = 0, 0
+        self.step = 0
         self.metrics: dict[str, float] = {}
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
@@ -189,6 +181,8 @@ class Worker:
         self.unreported: dict[str, Any] | None = None
         self.last_logged: Any = None
         self.gloo = self._object_group()
+        shared = (self.store.run_folder, self.last_step, self.rank, self.num_workers, self.share.passes, self.dtype)
+        self.bad_steps = BadSteps(self.config, self.plan, self._load_block(), self.shards, *shared, self.gloo)
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint of the run, else begin with the run's initial weights.
@@ -213,7 +207,7 @@ class Worker:
             if description.gradient_scaler:
                 self.scaler.load_state_dict(description.gradient_scaler)
         self.step, self.metrics = description.step, description.metrics
-        self.skipped_steps = description.skipped_steps
+        self.bad_steps.skipped = description.skipped_steps
         self.evaluations = description.evaluations
         self.stopped = stop_reason(self.evaluations, self.config.train)
         self.speed_before = description.images_per_second
@@ -372,7 +366,7 @@ class Worker:
         to_log: list[tuple[int, dict[str, float]]] = []
         for offset, row in enumerate(rows):
             if is_bad(row):
-                self._take_bad_step(first_step + offset, row)
+                self._warn(self.bad_steps.take(first_step + offset, row, self.model, self.scaler, self.step))
             metrics = {
                 **dict(zip(STEP_METRICS, row, strict=True)),
                 "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
@@ -381,11 +375,7 @@ class Worker:
             }
             to_log.append((first_step + offset + 1, metrics))
         self._log_rows(to_log)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise NonFiniteLossError(
-                f"step {self.step}: the loss scale of fp16 has fallen to {self.scaler.get_scale():g}, every gradient "
-                "overflows; take --train.precision bf16 or fp32"
-            )
+        check_scale(self.scaler, self.step)
         self._show(
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
@@ -393,54 +383,6 @@ class Worker:
             seconds_left=(self.last_step - self.step) * self.config.global_batch_size / images_per_second,
         )
         return bool(decision.item() > 0)
-
-    def _take_bad_step(self, step: int, values: list[float]) -> None:
-        """Record a step whose numbers are not finite; go on where the configuration allows it.
-
-        Raises:
-            NonFiniteLossError: it does not.
-        """
-        path = self._record_bad_step(step, values)
-        self.skipped_steps += 1
-        settings = self.config.train
-        try:
-            check_finite(values, step)
-        except NonFiniteLossError as error:
-            told = f"{error}; recorded in {path}, computed again by: python jobs/replay.py --step_file {path}"
-            if settings.nonfinite == "skip" and self.skipped_steps <= settings.nonfinite_skips:
-                self._warn(f"{told}; left out, the {self.skipped_steps}. of {settings.nonfinite_skips}")
-                return
-            raise NonFiniteLossError(told) from error
-
-    def _record_bad_step(self, step: int, values: list[float]) -> str:
-        """Every worker writes its batches and computes them alone, rank 0 the rest; see `pipeline.nonfinite`."""
-        passes = self.share.passes
-        planned = planned_step(self.plan, self._load_block(), self.shards, step, self.rank, self.num_workers, passes)
-        on_device = [self._on_device(batch) for batch in planned.batches]
-        mine = {
-            "rank": self.rank,
-            "images": planned.images,
-            "batches": write_batches(self.store.run_folder, step, self.rank, planned.batches),
-            **computed_again(self.model, on_device, self.config, self.dtype),
-        }
-        workers: list[Any] = [mine]
-        if self.num_workers > 1:
-            workers = [None] * self.num_workers
-            torch.distributed.all_gather_object(workers, mine, group=self.gloo)
-        if self.rank == 0:
-            schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
-            is_exact = self.config.train.nonfinite == "stop" or self.step == step + 1
-            further = {
-                "learning_rate": learning_rate(step, self.last_step, schedule),
-                "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
-                "weights_of_step": step if is_exact else self.step,
-                "device": self.device.type,
-                "precision": {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.dtype],
-                "class_names": list(self.shards.manifest.class_names),
-                "config": self.config.model_dump(mode="json"),
-            }
-            write_record(self.store.run_folder, step, values, workers, self.model, further)
-        return record_path(self.store.run_folder, step)
 
     def _adds_in_fixed_order(self) -> bool:
         """Whether gradients are to be summed rank by rank; see `pipeline.gradient_exchange`."""
@@ -520,7 +462,7 @@ class Worker:
                 config=self.config.model_dump(mode="json"),
                 evaluations=list(self.evaluations),
                 gradient_scaler=self.scaler.state_dict(),
-                skipped_steps=self.skipped_steps,
+                skipped_steps=self.bad_steps.skipped,
             )
             state = capture(self.model, self.optimizer, self.averaged)
             self.writer.start(state, description, self._wait_for_journal(self.last_logged))
