@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
@@ -85,6 +86,16 @@ class Journal:
         """Write down the content that a record is to name; its name in the journal's folder."""
         kept = f"{FILES_FOLDER}/{uuid.uuid4().hex[:12]}-{name}"
         storage.write_bytes(str(self.folder / kept), content)
+        return kept
+
+    def keep_copy(self, path: str) -> str:
+        """Keep a file as it is now, under another name of the same content where that is possible."""
+        kept = f"{FILES_FOLDER}/{uuid.uuid4().hex[:12]}-{os.path.basename(path)}"
+        (self.folder / FILES_FOLDER).mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, self.folder / kept)
+        except OSError:  # another disk
+            shutil.copyfile(path, self.folder / kept)
         return kept
 
     def path(self, kept: str) -> Path:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -29,7 +27,7 @@ from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.run_actor import RunActor, RunActorSettings
 from pipeline.shards import ShardSet
-from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten
+from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten, journal_folder
 from pipeline.worker import make_plan, total_steps, train_worker
 
 Say = Callable[[str], None]
@@ -68,21 +66,12 @@ def check_storage(config: ExperimentConfig) -> None:
 
 def _deliver_the_rest(config: ExperimentConfig, folder: str, say: Say) -> None:
     """Give MLflow what it was not there for when the run ended."""
-    journal_folder = _journal_folder(folder)
-    if not Path(journal_folder).exists():
+    if not Path(journal_folder(folder)).exists():
         return
     tracker = Tracker(*_tracker_arguments(config, folder))
     if not tracker.everything_is_delivered:
         tracker.deliver(FINISH_SECONDS)
         say(tracker.get_progress()["problem"] or f"MLflow at {tracking_uri(config)} has now got everything of the run")
-
-
-def _journal_folder(run_folder: str) -> str:
-    """Where this machine keeps what MLflow is to be told: with the run, unless that is in a bucket."""
-    if not storage.is_url(run_folder):
-        return str(Path(run_folder) / "tracking")
-    name = hashlib.sha256(run_folder.encode()).hexdigest()[:16]
-    return str(Path(tempfile.gettempdir()) / "mask-rcnn-tracking" / name)
 
 
 def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights | None, say: Say) -> dict[str, Any]:
@@ -188,15 +177,15 @@ def tracking_uri(config: ExperimentConfig) -> str:
     return config.run.mlflow_uri or default_uri(storage.absolute(config.run.storage_path))
 
 
-def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str, str, str, str, str | None]:
-    """What `Tracker` is made with, but for the run that is known."""
+def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str, str, str, str | None]:
+    """What `Tracker` is made with."""
     storage_path = storage.absolute(config.run.storage_path)
     uri = tracking_uri(config)
     artifacts = None  # a server has its own place for them
     if uri.startswith("sqlite:") and not storage.is_url(storage_path):
         Path(storage_path).mkdir(parents=True, exist_ok=True)
         artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    return uri, config.run.mlflow_experiment, config.run.name, folder, _journal_folder(folder), artifacts
+    return uri, config.run.mlflow_experiment, config.run.name, folder, artifacts
 
 
 @contextlib.contextmanager
@@ -227,7 +216,7 @@ def _start_tracker(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if state is None and storage.is_url(folder):
-        shutil.rmtree(_journal_folder(folder), ignore_errors=True)  # of an earlier run that lay there
+        shutil.rmtree(journal_folder(folder), ignore_errors=True)  # of an earlier run that lay there
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {
         "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here,

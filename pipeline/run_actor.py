@@ -19,8 +19,8 @@ from pipeline.watchdog import BEAT_SECONDS, SILENT_BEATS, Beat, Hang, Watch, exp
 class RunActorSettings:
     """What the actor is made with, and made with again where its process is lost."""
 
-    tracker: tuple[str, str, str, str, str, str | None]
-    """Arguments of `Tracker`, but for the run that is known."""
+    tracker: tuple[str, str, str, str, str | None]
+    """Arguments of `Tracker`."""
     known_run_id: str | None
     parameters: dict[str, str]
     """For MLflow."""
@@ -33,11 +33,11 @@ class RunActor(Tracker):
     """A tracker that also listens to the workers' signs of life."""
 
     def __init__(self, settings: RunActorSettings) -> None:
-        super().__init__(*settings.tracker, settings.known_run_id)
+        super().__init__(*settings.tracker)
         self._settings = settings
         self._watch = Watch(settings.config.run.hang_minutes * 60)
         self._watch_lock = threading.Lock()
-        self.start(settings.parameters)
+        self.start(settings.known_run_id, settings.parameters, seconds=0)
         threading.Thread(target=self._watch_workers, daemon=True).start()
 
     def beat(self, beat: Beat) -> None:

@@ -8,14 +8,16 @@ that may have arrived is sent again as it was, and MLflow's stores keep the same
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipeline import storage
 from pipeline.checkpoint_store import local_folder
 from pipeline.errors import UserError
 from pipeline.journal import Journal, Record
@@ -45,36 +47,34 @@ def default_uri(storage_path: str) -> str:
     return f"sqlite:///{os.path.abspath(storage_path)}/mlflow.db"
 
 
+def journal_folder(run_folder: str) -> str:
+    """Where this machine keeps what MLflow is to be told: with the run, unless that is in a bucket."""
+    if not storage.is_url(run_folder):
+        return os.path.join(run_folder, "tracking")
+    name = hashlib.sha256(run_folder.encode()).hexdigest()[:16]
+    return os.path.join(tempfile.gettempdir(), "mask-rcnn-tracking", name)
+
+
 class Tracker:
     """Records one training in one MLflow run."""
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        run_folder: str,
-        journal_folder: str,
-        artifacts_folder: str | None = None,
-        known_run_id: str | None = None,
-    ) -> None:
+    def __init__(self, uri: str, experiment: str, run_name: str, run_folder: str, artifacts_folder: str | None) -> None:
         """Open the journal; nothing is sent yet.
 
         Args:
             uri: of MLflow.
             experiment: its name.
             run_name: name of the run in MLflow.
-            run_folder: of the training, what the run is found again by.
-            journal_folder: local.
+            run_folder: path or URL of what is recorded, which the run is found again by.
             artifacts_folder: where an experiment that has to be made keeps its artifacts, None for MLflow's choice.
-            known_run_id: of an earlier attempt.
         """
         # The defaults would wait for minutes; the journal's next delivery is the retry.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._uri, self._experiment, self._run_name, self._run_folder = uri, experiment, run_name, run_folder
-        self._artifacts_folder, self._known_run_id = artifacts_folder, known_run_id
-        self._journal = Journal(journal_folder)
+        self._artifacts_folder = artifacts_folder
+        self._known_run_id: str | None = None
+        self._journal = Journal(journal_folder(run_folder))
         self._journalled: dict[str, set[int]] = {}  # steps, by the first name of their metrics
         self._has_parameters = False
         for _, record in self._journal.records():
@@ -90,24 +90,35 @@ class Tracker:
         self._notices: list[str] = []
         self._progress: dict[str, Any] = {}
 
-    def start(self, parameters: Mapping[str, str]) -> None:
+    def start(self, run_id: str | None, parameters: Mapping[str, str], seconds: float = 10.0) -> str | None:
         """Begin or take up the run of this training, and deliver from now on.
 
         Args:
+            run_id: of an earlier attempt, or None.
             parameters: the resolved configuration, flat; logged once.
+            seconds: to wait at most for MLflow.
+
+        Returns:
+            Id of the MLflow run, or None where it has not answered so far.
         """
+        self._known_run_id = run_id
         if not self._has_parameters:
             self._has_parameters = True
             self._append({"kind": "parameters", "parameters": dict(parameters)})
         self._append({"kind": "begin"})
         threading.Thread(target=self._deliver_until_closed, daemon=True).start()
+        return self.run_id(seconds)
 
     def run_id(self, seconds: float = 0.0) -> str | None:
         """Id of the MLflow run, None where MLflow has not answered within so many seconds."""
         self._attached.wait(seconds)
         return self._run_id or self._journal.mark.run_id
 
-    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics of a step; see `log_rows`."""
+        self.log_rows([(step, metrics)])
+
+    def log_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Record metrics of steps; those of a step that came before are left out (a training goes over it again).
 
         Args:
@@ -132,12 +143,24 @@ class Tracker:
         self._append_file(text.encode(), name, None)
 
     def log_folder(self, folder: str, artifact_path: str) -> None:
-        """Record the files of a folder that stays: a local path, or a checkpoint's URL."""
-        self._append({"kind": "folder", "folder": folder, "to": artifact_path})
+        """Record the files of a local folder, or of a checkpoint in a bucket, which has to stay."""
+        if storage.is_url(folder):
+            self._append({"kind": "folder", "folder": folder, "to": artifact_path})
+            return
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            self._problem = f"MLflow: {artifact_path} could not be recorded ({error})"
+            return
+        for name in names:
+            self._keep(lambda name=name: self._journal.keep_copy(os.path.join(folder, name)), name, artifact_path)
 
     def _append_file(self, content: bytes, name: str, to: str | None) -> None:
+        self._keep(lambda: self._journal.keep_file(content, name), name, to)
+
+    def _keep(self, keep: Callable[[], str], name: str, to: str | None) -> None:
         try:
-            self._append({"kind": "file", "file": self._journal.keep_file(content, name), "name": name, "to": to})
+            self._append({"kind": "file", "file": keep(), "name": name, "to": to})
         except OSError as error:
             self._problem = f"{self._journal.folder}: {name} could not be kept ({_first_line(error)})"
 
@@ -147,7 +170,7 @@ class Tracker:
         except OSError as error:
             self._problem = f"{self._journal.folder}: what MLflow is to be told could not be kept ({error})"
 
-    def finish(self, status: str, seconds: float) -> None:
+    def finish(self, status: str, seconds: float = 60.0) -> None:
         """End the run as "FINISHED", "FAILED" or "KILLED", and wait for the delivery.
 
         Args:

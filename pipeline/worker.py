@@ -502,7 +502,7 @@ class Worker:
     def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         """Send metrics of steps to the tracker, without waiting."""
         if self.tracker is not None:
-            self.last_logged = self.tracker.log.remote(rows)
+            self.last_logged = self.tracker.log_rows.remote(rows)
 
     def _warn(self, text: str) -> None:
         """Have the driver tell the user."""

@@ -1,14 +1,12 @@
 """Fixtures of the fault tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults.processes import Job
 from tests.jobs.running import run_job, write_small_experiment
-
-SLOW_STEPS = "0"
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +34,7 @@ def config(folder: Path) -> str:
 
 
 @pytest.fixture
-def start(config: str, tmp_path: Path) -> Callable[..., Job]:
+def start(config: str, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Start a training that is to be harmed; whatever happens, nothing of it is left."""
     jobs: list[Job] = []
 
@@ -45,7 +43,7 @@ def start(config: str, tmp_path: Path) -> Callable[..., Job]:
         jobs.append(Job(log, "train", "--config", config, "--run.name", name, *arguments, **variables))
         return jobs[-1]
 
-    yield begin  # type: ignore[misc]
+    yield begin
     for job in jobs:
         job.kill_everything()
 

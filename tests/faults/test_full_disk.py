@@ -70,8 +70,8 @@ def test_a_full_disk_is_found_before_the_first_step(small_disk: Path) -> None:
 
 
 def test_a_journal_on_a_full_disk_stops_nobody(small_disk: Path) -> None:
-    tracker = Tracker("http://127.0.0.1:1", "e", "run", str(small_disk), str(small_disk / "tracking"))
-    tracker.log([(1, {"loss": 1.0})])
+    tracker = Tracker("http://127.0.0.1:1", "e", "run", str(small_disk), None)
+    tracker.log_rows([(1, {"loss": 1.0})])
     with open(small_disk / "full", "wb", buffering=0) as file:
         while True:
             try:
@@ -79,10 +79,10 @@ def test_a_journal_on_a_full_disk_stops_nobody(small_disk: Path) -> None:
                     break
             except OSError:
                 break
-    tracker.log([(step, {"loss": 1.0, "learning_rate": 0.5}) for step in range(2, 200)])
+    tracker.log_rows([(step, {"loss": 1.0, "learning_rate": 0.5}) for step in range(2, 200)])
     assert "could not be kept ([Errno 28] No space left on device" in (tracker.get_progress()["problem"] or "")
     (small_disk / "full").unlink()
-    tracker.log([(200, {"loss": 1.0})])
+    tracker.log_rows([(200, {"loss": 1.0})])
     steps = [record["step"] for _, record in tracker._journal.records()]
     assert steps[0] == 1
     assert steps[-1] == 200, "records after a torn one are whole"

@@ -69,17 +69,17 @@ def test_never_up_killed_frozen_and_back(server: Server, tmp_path: Path, monkeyp
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setattr("pipeline.tracking.FLUSH_SECONDS", 0.1)
     monkeypatch.setattr("pipeline.tracking.RETRY_SECONDS", 0.2)
-    tracker = Tracker(server.uri, "faults", "run", str(tmp_path / "run"), str(tmp_path / "run" / "tracking"))
+    tracker = Tracker(server.uri, "faults", "run", str(tmp_path / "run"), None)
     slowest = 0.0
 
     def log(first: int, last: int) -> None:
         nonlocal slowest
         for step in range(first, last):
             began = time.monotonic()
-            tracker.log([(step, {"loss": 1.0 / step, "learning_rate": 0.1})])
+            tracker.log_rows([(step, {"loss": 1.0 / step, "learning_rate": 0.1})])
             slowest = max(slowest, time.monotonic() - began)
 
-    tracker.start({"seed": "0"})  # never up so far
+    tracker.start(None, {"seed": "0"}, seconds=0)  # never up so far
     log(1, 101)
     wait_until(lambda: tracker.get_progress()["problem"], "the problem is told")
     assert tracker.run_id() is None
@@ -112,10 +112,10 @@ def test_never_up_killed_frozen_and_back(server: Server, tmp_path: Path, monkeyp
 
 
 def test_a_run_that_ended_without_it_is_delivered_by_the_next_start(server: Server, tmp_path: Path) -> None:
-    arguments = (server.uri, "faults", "run", str(tmp_path / "run"), str(tmp_path / "run" / "tracking"))
+    arguments = (server.uri, "faults", "run", str(tmp_path / "run"), None)
     tracker = Tracker(*arguments)
-    tracker.start({"seed": "0"})
-    tracker.log([(step, {"loss": 1.0}) for step in (1, 2, 3)])
+    tracker.start(None, {"seed": "0"}, seconds=0)
+    tracker.log_rows([(step, {"loss": 1.0}) for step in (1, 2, 3)])
     tracker.finish("KILLED", 0.1)
     server.start()
     again = Tracker(*arguments)

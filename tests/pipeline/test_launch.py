@@ -1,13 +1,12 @@
 """What a training asks of Ray Train, and how it is ended."""
 
-import os
 import signal
 
 import pytest
 
 from pipeline.config import ScalingSettings
 from pipeline.errors import Terminated
-from pipeline.launch import _ending_on_sigterm, _journal_folder, _starts_while_waiting, _worker_range
+from pipeline.launch import _ending_on_sigterm, _starts_while_waiting, _worker_range
 
 
 def test_sigterm_ends_a_training_as_an_interrupt_does() -> None:
@@ -28,10 +27,3 @@ def test_a_lost_node_is_waited_for_as_long_as_configured(monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     assert _starts_while_waiting(ScalingSettings(wait_for_nodes_minutes=30)) == 120
     assert _starts_while_waiting(ScalingSettings(wait_for_nodes_minutes=0.1)) == 1
-
-
-def test_the_journal_lies_with_the_run_or_on_this_machine() -> None:
-    assert _journal_folder("/runs/mine") == "/runs/mine/tracking"
-    here = _journal_folder("s3://bucket/runs/mine")
-    assert os.path.isabs(here)
-    assert here != _journal_folder("s3://bucket/runs/other")

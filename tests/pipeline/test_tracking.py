@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking import Tracker, default_uri, download_checkpoint, flatten
+from pipeline.tracking import Tracker, default_uri, download_checkpoint, flatten, journal_folder
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +30,13 @@ def uri(new_database: Path, tmp_path: Path) -> str:
     return default_uri(str(tmp_path))
 
 
-def make_tracker(uri: str, tmp_path: Path, known_run_id: str | None = None, name: str = "a-run") -> Tracker:
-    folder = str(tmp_path / name)
-    artifacts = (tmp_path / "artifacts").as_uri()
-    return Tracker(uri, "experiment", name, folder, f"{folder}/tracking", artifacts, known_run_id)
+def make_tracker(uri: str, tmp_path: Path, name: str = "a-run") -> Tracker:
+    return Tracker(uri, "experiment", name, str(tmp_path / name), (tmp_path / "artifacts").as_uri())
 
 
-def started(tracker: Tracker, parameters: dict[str, str] | None = None) -> str:
+def started(tracker: Tracker, parameters: dict[str, str] | None = None, known_run_id: str | None = None) -> str:
     """Begin it; the id of its run."""
-    tracker.start(parameters or {})
-    run_id = tracker.run_id(seconds=60)
+    run_id = tracker.start(known_run_id, parameters or {}, seconds=60)
     assert run_id is not None
     return run_id
 
@@ -65,7 +62,7 @@ def test_a_run_holds_parameters_metrics_artifacts_and_its_end(uri: str, tmp_path
     tracker = make_tracker(uri, tmp_path)
     run_id = started(tracker, flatten({"optim": {"learning_rate": 0.1, "name": "sgd"}, "seed": 3}))
     for step in range(1, 4):
-        tracker.log([(step, {"loss": 1.0 / step, "learning_rate": 0.1})])
+        tracker.log(step, {"loss": 1.0 / step, "learning_rate": 0.1})
     tracker.log_picture(b"\x89PNG", "step-3.png")
     tracker.log_text("{}", "config.json")
     tracker.finish("FINISHED", 60)
@@ -83,17 +80,17 @@ def test_a_run_holds_parameters_metrics_artifacts_and_its_end(uri: str, tmp_path
 def test_a_resumed_run_is_taken_up_and_logs_no_step_twice(uri: str, tmp_path: Path) -> None:
     first = make_tracker(uri, tmp_path)
     run_id = started(first, {"seed": "3"})
-    first.log([(step, {"loss": float(step)}) for step in (1, 2, 3)])
-    first.log([(3, {"segm_AP": 0.5, "epoch": 1.0})])
+    first.log_rows([(step, {"loss": float(step)}) for step in (1, 2, 3)])
+    first.log_rows([(3, {"segm_AP": 0.5, "epoch": 1.0})])
     first.finish("KILLED", 60)
     assert MlflowClient(uri).get_run(run_id).info.status == "KILLED"
 
     second = make_tracker(uri, tmp_path)
     assert started(second, {"seed": "4"}) == run_id  # parameters are those that the run was begun with
     wait_until(lambda: MlflowClient(uri).get_run(run_id).info.status == "RUNNING")
-    second.log([(step, {"loss": 9.0}) for step in (2, 3, 4)])  # it goes on from the checkpoint of step 1
-    second.log([(3, {"segm_AP": 0.9, "epoch": 9.0})])
-    second.log([(4, {"segm_AP": 0.6, "epoch": 2.0})])
+    second.log_rows([(step, {"loss": 9.0}) for step in (2, 3, 4)])  # it goes on from the checkpoint of step 1
+    second.log_rows([(3, {"segm_AP": 0.9, "epoch": 9.0})])
+    second.log_rows([(4, {"segm_AP": 0.6, "epoch": 2.0})])
     second.finish("FINISHED", 60)
     assert steps_of(uri, run_id, "loss") == [1, 2, 3, 4]
     assert steps_of(uri, run_id, "segm_AP") == [3, 4]
@@ -106,12 +103,12 @@ def test_a_run_from_before_its_journal_is_taken_up_and_logs_no_step_twice(uri: s
     """Its driver ran on another machine, or an earlier version of this program began it."""
     first = make_tracker(uri, tmp_path)
     run_id = started(first)
-    first.log([(step, {"loss": float(step)}) for step in (1, 2, 3)])
+    first.log_rows([(step, {"loss": float(step)}) for step in (1, 2, 3)])
     first.finish("KILLED", 60)
     shutil.rmtree(tmp_path / "a-run")
-    second = make_tracker(uri, tmp_path, known_run_id=run_id)
-    assert started(second) == run_id
-    second.log([(step, {"loss": 9.0}) for step in (2, 3, 4)])
+    second = make_tracker(uri, tmp_path)
+    assert started(second, known_run_id=run_id) == run_id
+    second.log_rows([(step, {"loss": 9.0}) for step in (2, 3, 4)])
     second.finish("FINISHED", 60)
     assert steps_of(uri, run_id, "loss") == [1, 2, 3, 4]
 
@@ -121,7 +118,7 @@ def test_workers_that_are_restarted_log_no_step_twice(uri: str, tmp_path: Path) 
     tracker = make_tracker(uri, tmp_path)
     run_id = started(tracker)
     for step in (1, 2, 3, 2, 3, 4):
-        tracker.log([(step, {"loss": float(step)})])
+        tracker.log_rows([(step, {"loss": float(step)})])
     tracker.finish("FINISHED", 60)
     assert steps_of(uri, run_id, "loss") == [1, 2, 3, 4]
 
@@ -155,14 +152,14 @@ def test_a_run_that_was_deleted_in_mlflow_is_told_everything_again(
 ) -> None:
     first = make_tracker(uri, tmp_path)
     run_id = started(first, {"seed": "3"})
-    first.log([(1, {"loss": 1.0})])
+    first.log_rows([(1, {"loss": 1.0})])
     first.finish("KILLED", 60)
     other = default_uri(str(tmp_path / "other"))
     (tmp_path / "other").mkdir()
     shutil.copy(new_database, tmp_path / "other")
     second = make_tracker(other, tmp_path)
     new_id = started(second)
-    second.log([(2, {"loss": 2.0})])
+    second.log_rows([(2, {"loss": 2.0})])
     second.finish("FINISHED", 60)
     assert new_id != run_id
     assert steps_of(other, new_id, "loss") == [1, 2]
@@ -172,7 +169,9 @@ def test_a_run_that_was_deleted_in_mlflow_is_told_everything_again(
 def test_numbers_that_are_not_finite_are_left_out(uri: str, tmp_path: Path) -> None:
     tracker = make_tracker(uri, tmp_path)
     run_id = started(tracker)
-    tracker.log([(1, {"loss": math.inf, "gradient_norm": math.nan, "learning_rate": 0.5}), (2, {"loss": math.nan})])
+    tracker.log_rows(
+        [(1, {"loss": math.inf, "gradient_norm": math.nan, "learning_rate": 0.5}), (2, {"loss": math.nan})]
+    )
     tracker.finish("FINISHED", 60)
     assert MlflowClient(uri).get_run(run_id).data.metrics == {"learning_rate": 0.5}
 
@@ -183,8 +182,8 @@ def test_without_a_server_nobody_waits_and_everything_is_delivered_later(uri: st
         dead = f"http://127.0.0.1:{probe.getsockname()[1]}"
         tracker = make_tracker(dead, tmp_path)
         began = time.monotonic()
-        tracker.start({"seed": "3"})
-        tracker.log([(1, {"loss": 1.0})])
+        tracker.start(None, {"seed": "3"}, seconds=0)
+        tracker.log_rows([(1, {"loss": 1.0})])
         tracker.log_picture(b"png", "a.png")
         assert time.monotonic() - began < 0.5
         wait_until(lambda: tracker.get_progress()["problem"])
@@ -228,14 +227,14 @@ def test_metrics_are_kept_while_the_server_is_away(
     wait_until(lambda: tracker.everything_is_delivered)
     with monkeypatch.context() as broken:
         broken.setattr(tracker, "_client", lambda: Away(MlflowClient(uri), arrives))
-        tracker.log([(1, {"loss": 1.0})])
+        tracker.log_rows([(1, {"loss": 1.0})])
         wait_until(lambda: tracker.get_progress()["problem"])
         assert "away" in tracker.get_progress()["problem"]
         assert not tracker.everything_is_delivered
     wait_until(lambda: tracker.get_progress()["notices"])
     assert "answers again" in tracker.get_progress()["notices"][0]
     assert tracker.get_progress()["problem"] is None
-    tracker.log([(2, {"loss": 2.0})])
+    tracker.log_rows([(2, {"loss": 2.0})])
     tracker.finish("FINISHED", 60)
     assert steps_of(uri, run_id, "loss") == [1, 2]
 
@@ -245,14 +244,14 @@ def test_killed_between_a_delivery_and_its_mark(uri: str, tmp_path: Path) -> Non
     run_id = started(first)
     wait_until(lambda: first.everything_is_delivered)
     mark = (tmp_path / "a-run" / "tracking" / "mark.json").read_bytes()
-    first.log([(step, {"loss": 1.0, "learning_rate": 0.5}) for step in (1, 2)])
+    first.log_rows([(step, {"loss": 1.0, "learning_rate": 0.5}) for step in (1, 2)])
     wait_until(lambda: first.everything_is_delivered)
     first._closed.set()
     with first._delivering:
         (tmp_path / "a-run" / "tracking" / "mark.json").write_bytes(mark)
     second = make_tracker(uri, tmp_path)
     assert started(second) == run_id
-    second.log([(2, {"loss": 1.0, "learning_rate": 0.5}), (3, {"loss": 1.0, "learning_rate": 0.5})])
+    second.log_rows([(2, {"loss": 1.0, "learning_rate": 0.5}), (3, {"loss": 1.0, "learning_rate": 0.5})])
     second.finish("FINISHED", 60)
     assert steps_of(uri, run_id, "loss") == [1, 2, 3]
     assert steps_of(uri, run_id, "learning_rate") == [1, 2, 3]
@@ -261,8 +260,8 @@ def test_killed_between_a_delivery_and_its_mark(uri: str, tmp_path: Path) -> Non
 def test_what_mlflow_refuses_for_good_is_told_and_does_not_stop_the_rest(uri: str, tmp_path: Path) -> None:
     tracker = make_tracker(uri, tmp_path)
     run_id = started(tracker, {"a key with a \0 in it": "1"})
-    tracker.log_folder(str(tmp_path / "gone"), "best_checkpoint")
-    tracker.log([(1, {"loss": 1.0})])
+    tracker.log_folder("file:///nowhere/at/all", "best_checkpoint")
+    tracker.log_rows([(1, {"loss": 1.0})])
     wait_until(lambda: tracker.everything_is_delivered)
     tracker.finish("FINISHED", 60)
     notices = tracker.get_progress()["notices"]
@@ -281,7 +280,7 @@ def test_a_full_disk_under_the_journal_stops_nothing(uri: str, tmp_path: Path, m
 
     monkeypatch.setattr(tracker._journal, "append", full)
     monkeypatch.setattr(tracker._journal, "keep_file", full)
-    tracker.log([(1, {"loss": 1.0})])
+    tracker.log_rows([(1, {"loss": 1.0})])
     tracker.log_text("{}", "config.json")
     assert "config.json could not be kept ([Errno 28] No space left" in (tracker.get_progress()["problem"] or "")
 
@@ -289,9 +288,16 @@ def test_a_full_disk_under_the_journal_stops_nothing(uri: str, tmp_path: Path, m
 def test_many_metrics_are_written_in_calls_of_a_thousand(uri: str, tmp_path: Path) -> None:
     tracker = make_tracker(uri, tmp_path)
     run_id = started(tracker)
-    tracker.log([(step, {name: float(step) for name in "abcdefg"}) for step in range(1, 351)])
+    tracker.log_rows([(step, {name: float(step) for name in "abcdefg"}) for step in range(1, 351)])
     tracker.finish("FINISHED", 60)
     assert steps_of(uri, run_id, "g") == list(range(1, 351))
+
+
+def test_the_journal_lies_with_the_run_or_on_this_machine() -> None:
+    assert journal_folder("/runs/mine") == "/runs/mine/tracking"
+    here = journal_folder("s3://bucket/runs/mine")
+    assert Path(here).is_absolute()
+    assert here != journal_folder("s3://bucket/runs/other")
 
 
 def test_a_bucket_needs_a_server() -> None:
@@ -307,6 +313,7 @@ def test_downloading_the_checkpoint_of_a_run_without_one_says_so(uri: str, tmp_p
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "checkpoint.json").write_text("{}")
     tracker.log_folder(str(tmp_path / "checkpoint"), "best_checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
     tracker.deliver(60)
     assert (Path(download_checkpoint(run_id, uri)) / "checkpoint.json").read_text() == "{}"
     with pytest.raises(UserError, match="0" * 32):
