@@ -245,7 +245,7 @@ class TrainSettings(Config):
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"
     """What workers send their gradients as."""
     deterministic: bool | None = None
-    """Add up gradients in a fixed order, for the same bits after a resume with 3 and more workers; null: on CPUs."""
+    """Take every sum in a fixed order, so that a resumed training ends with the same bits; null: on CPUs."""
     seed: NonNegativeInt = 0
     """What initial weights, order, augmentation and sampling are functions of."""
     target_bbox_AP: Fraction | None = None  # noqa: N815 - as the metric is called

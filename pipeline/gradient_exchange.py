@@ -11,11 +11,34 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed
+import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.config import ExperimentConfig
 from pipeline.training import compress_gradients
+
+
+def pin_arithmetic(config: ExperimentConfig, device_type: str) -> None:
+    """Set the number of threads, and have each sum taken in one order where several threads share it.
+
+    Args:
+        config: `scaling.cpus_per_worker` and `train.deterministic`.
+        device_type: "cpu" or "cuda"; there some operations stay without an order, and warn.
+    """
+    if device_type == "cpu":
+        torch.set_num_threads(config.scaling.cpus_per_worker)
+    several = device_type == "cpu" and config.scaling.cpus_per_worker > 1 and config.train.deterministic is None
+    if config.train.deterministic or several:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def adds_in_fixed_order(config: ExperimentConfig, device_type: str, num_workers: int) -> bool:
+    """Whether so many workers have to sum gradients rank by rank to have the same bits after a resume."""
+    wanted = config.train.deterministic
+    return num_workers > 2 and (device_type == "cpu" if wanted is None else wanted)
 
 
 def exchange_gradients(model: nn.Module, compression: str, fixed_order: bool) -> None:

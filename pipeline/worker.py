@@ -34,7 +34,7 @@ from pipeline.ema import averaged_copy, update_average
 from pipeline.errors import SharedError, UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.freezing import freeze
-from pipeline.gradient_exchange import exchange_gradients
+from pipeline.gradient_exchange import adds_in_fixed_order, exchange_gradients, pin_arithmetic
 from pipeline.initial_weights import load_initial_weights
 from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
@@ -143,8 +143,7 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.config = ExperimentConfig.model_validate(settings["config"])
         self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            torch.set_num_threads(self.config.scaling.cpus_per_worker)
+        pin_arithmetic(self.config, self.device.type)
         self.data = PreparedData(settings["training"], settings["validation"])
         self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
         self.cpus_for_data: float = settings["cpus_for_data"]
@@ -250,7 +249,8 @@ class Worker:
         import ray.train.torch
 
         parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
-        exchange_gradients(parallel, self.config.train.gradient_compression, self._adds_in_fixed_order())
+        fixed_order = adds_in_fixed_order(self.config, self.device.type, self.num_workers)
+        exchange_gradients(parallel, self.config.train.gradient_compression, fixed_order)
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
@@ -383,11 +383,6 @@ class Worker:
             seconds_left=(self.last_step - self.step) * self.config.global_batch_size / images_per_second,
         )
         return bool(decision.item() > 0)
-
-    def _adds_in_fixed_order(self) -> bool:
-        """Whether gradients are to be summed rank by rank; see `pipeline.gradient_exchange`."""
-        wanted = self.config.train.deterministic
-        return self.num_workers > 2 and (self.device.type == "cpu" if wanted is None else wanted)
 
     def _evaluate(self) -> None:
         """COCO AP on the validation rows, shared out among the workers."""

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.losses import LOSS_NAMES
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
-from pipeline.gradient_exchange import exchange_gradients
+from pipeline.gradient_exchange import adds_in_fixed_order, exchange_gradients
 from pipeline.optim import build_optimizer
 from pipeline.training import STEP_METRICS, train_step
 from tests.pipeline.small import small_batch, small_config
@@ -125,3 +125,15 @@ def test_without_objects_losses_are_zero_and_every_parameter_has_a_gradient(save
             assert all(losses[name] == 0.0 for name in object_losses) == is_empty, (rank, step, losses)
             assert all(losses[name] >= 0.0 for name in LOSS_NAMES)
             assert losses["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "workers", "expected"),
+    [
+        (None, "cpu", 3, True), (None, "cpu", 2, False), (None, "cuda", 8, False),
+        (True, "cuda", 8, True), (True, "cpu", 2, False), (False, "cpu", 3, False),
+    ],
+)  # fmt: skip
+def test_the_order_is_fixed_where_it_matters(wanted: bool | None, device: str, workers: int, expected: bool) -> None:
+    config = small_config(train={"deterministic": wanted})
+    assert adds_in_fixed_order(config, device, workers) == expected
