@@ -1,5 +1,7 @@
 """Fixtures of the fault tests."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +13,14 @@ from tests.jobs.running import run_job, write_small_experiment
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the data and all runs lie."""
-    return tmp_path_factory.mktemp("faults")
+    """Where the data and all runs lie; in FAULTS_FOLDER the undisturbed ones are found again."""
+    kept = os.environ.get("FAULTS_FOLDER")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("faults")
+    for run in (folder / "runs").glob("*"):
+        if run.is_dir() and not run.name.startswith(("calm-", "shards", "mlflow")):
+            shutil.rmtree(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

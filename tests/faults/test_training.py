@@ -49,16 +49,16 @@ def test_workers_killed_at_three_steps(num_workers: int, start: Start, undisturb
 
 
 def test_driver_killed_and_the_newest_checkpoint_damaged(start: Start, undisturbed: Undisturbed, folder: Path) -> None:
-    calm = undisturbed(1)
+    calm = undisturbed(2)
     run_folder = folder / "runs" / "damaged"
-    job = start("damaged")
+    job = start("damaged", *sharing(2))
     wait_until(lambda: (run_folder / "checkpoint-0000008").exists(), "the fourth checkpoint")
     job.kill_everything()
     newest = max(run_folder.glob("checkpoint-*"))
     content = bytearray((newest / MODEL_FILE).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / MODEL_FILE).write_bytes(content)
-    outcome = start("damaged").end()
+    outcome = start("damaged", *sharing(2)).end()
     assert outcome.exit_code == 0, outcome.errors
     assert f"warning: {newest} is refused: {newest}/{MODEL_FILE}: damaged (its SHA-256 is not" in outcome.output
     assert_same_weights(run_folder, calm)
@@ -81,9 +81,9 @@ def test_a_frozen_worker_is_named_and_ended(start: Start, undisturbed: Undisturb
 
 
 def test_terminated_it_ends_as_killed_and_goes_on(start: Start, undisturbed: Undisturbed, folder: Path) -> None:
-    calm = undisturbed(1)
+    calm = undisturbed(2)
     run_folder = folder / "runs" / "terminated"
-    job = start("terminated")
+    job = start("terminated", *sharing(2))
     wait_for_step(job, run_folder, 5)
     began = time.monotonic()
     os.kill(job.process.pid, signal.SIGTERM)
@@ -94,7 +94,7 @@ def test_terminated_it_ends_as_killed_and_goes_on(start: Start, undisturbed: Und
     assert outcome.exit_code == 143
     assert "the same command goes on from the last checkpoint" in outcome.errors
     print(f"KILLED {seconds:.1f} s after SIGTERM")  # noqa: T201
-    outcome = start("terminated").end()
+    outcome = start("terminated", *sharing(2)).end()
     assert outcome.exit_code == 0, outcome.errors
     assert status_of(folder / "runs", run_id) == "FINISHED"
     assert outcome.last_line["mlflow_run_id"] == run_id
