@@ -16,10 +16,10 @@ RUNS ?= runs
 MLFLOW_PORT ?= 5000
 PACKAGES := jobs pipeline model
 
-.PHONY: help setup train test lint format types imports check bench submit ui mlflow simulate lock clean
+.PHONY: help setup train test test-faults simulate lint format types imports check bench submit ui mlflow lock clean
 
 help:  ## list the entries
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup:  ## virtual environment from requirements.lock (skipped while the lock is unchanged)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
@@ -29,6 +29,9 @@ train: setup  ## prepare, train and evaluate on the shapes data set (CPU, minute
 
 test: setup  ## all tests, on a CPU; ARGS='tests/model -k anchors'
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: setup  ## trainings that are killed, frozen, starved, half an hour; ARGS='-k frozen', CHAOS_KILLS=20
+	@$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(BIN)/ruff check .

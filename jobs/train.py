@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> None:
         smoke.forget_last_smoke(config)
     summary = launch.finished_summary(config, say)
     if summary is None:
+        launch.check_storage(config)
         checked = prepare.check(config, say)  # before Ray is started: most mistakes show here
         weights = initial_weights(config, checked.class_map.names, say)
         cluster.connect(options.debug)

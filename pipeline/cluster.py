@@ -18,6 +18,14 @@ from pipeline.errors import UserError
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 MIN_CPUS_FOR_DATA = 1
 MIN_LOCAL_WORKERS = 2
+GROUP_START_SECONDS = 15
+"""How long Ray Train waits for room for all workers before it looks again how many there is room for."""
+HEALTH_CHECKS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Environment of a head node that notices a lost node after seconds; Ray's own settings take about fifteen."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ def connect(debug: bool, reads_data: bool = True) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.update(LOOPBACK_ONLY)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{GROUP_START_SECONDS}")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     import ray
 
@@ -120,11 +130,13 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
                 "see --scaling.accelerator"
             )
     resources = {"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
-    shortage = _shortage(scaling.num_workers, resources)
+    least = scaling.min_workers or scaling.num_workers
+    shortage = _shortage(least, resources)
     if shortage is not None:
-        _wait_for_nodes(scaling, resources, shortage, say)
+        _wait_for_nodes(scaling.model_copy(update={"num_workers": least}), resources, shortage, say)
     total_cpus = sum(node.get("CPU", 0.0) for node in _nodes())
-    return Placement(use_gpu, resources, total_cpus - scaling.num_workers * resources["CPU"])
+    workers = min(scaling.num_workers, max(least, _num_that_fit(_nodes(), resources)))
+    return Placement(use_gpu, resources, max(MIN_CPUS_FOR_DATA, total_cpus - workers * resources["CPU"]))
 
 
 def _wait_for_nodes(

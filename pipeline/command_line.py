@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import ExperimentConfig
-from pipeline.errors import UserError
+from pipeline.errors import Terminated, UserError
 
 CONFIG_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
@@ -36,9 +36,9 @@ def run_job(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
         print(f"error: {_explain_failure(error)}", file=sys.stderr)  # noqa: T201 - what a job says to a person
         sys.exit(CONFIG_EXIT_CODE if isinstance(error, ConfigurationError) else FAILURE_EXIT_CODE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
 
 
 def _explain_failure(error: BaseException) -> str:
