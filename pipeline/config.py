@@ -253,6 +253,8 @@ class TrainSettings(Config):
     """Stop after so many evaluations in turn without a better mask AP than before."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between evaluations; the last step is always evaluated."""
+    rpn_recall: bool = True
+    """Log with every evaluation how many objects the RPN's proposals find: rpn_AR_100 and rpn_AR_1000."""
     log_every_steps: PositiveInt = 10
     """Steps whose metrics are logged together."""
 
