@@ -277,8 +277,8 @@ def _check_anchors(config: ExperimentConfig, point: Point) -> None:
         names = [name for name in ANCHOR_KNOBS if name in point] or list(ANCHOR_KNOBS)
         raise ConfigurationError(
             f"sweep.space.{names[0]}: impossible anchors: scales {list(anchors.scales)} with ratios "
-            f"{list(anchors.ratios)} overlap no object on canvases {[list(c) for c in config.data.canvases]} by more than "
-            f"IoU {best:.2g}, and model.rpn.positive_iou is {threshold:g}"
+            f"{list(anchors.ratios)} overlap no object on canvases {[list(c) for c in config.data.canvases]} by more "
+            f"than IoU {best:.2g}, and model.rpn.positive_iou is {threshold:g}"
         )
 
 

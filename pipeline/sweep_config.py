@@ -11,7 +11,8 @@ from pipeline.config import ExperimentConfig, NonNegativeInt
 
 RECALL_OBJECTIVES = ("rpn_AR_100", "rpn_AR_1000")
 OBJECTIVES = (
-    *(f"{kind}_{name}" for kind in ("bbox", "segm") for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")),
+    "bbox_AP", "bbox_AP50", "bbox_AP75", "bbox_AP_small", "bbox_AP_medium", "bbox_AP_large",
+    "segm_AP", "segm_AP50", "segm_AP75", "segm_AP_small", "segm_AP_medium", "segm_AP_large",
     *RECALL_OBJECTIVES,
     "loss", "rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss",
     "gradient_norm", "learning_rate", "images_per_second", "data_wait_fraction",
@@ -22,7 +23,7 @@ OBJECTIVES = (
 class SweepSettings(Config):
     """What is varied, how the next values are chosen, how good a trial is, and when to stop."""
 
-    space: dict[str, dict[str, Any]] = {}
+    space: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - pydantic copies defaults
     """Knobs by dotted name: {choice: [...]}, {grid: [...]}, {uniform|loguniform|integer: [low, high]}."""
     start_points: tuple[dict[str, Any], ...] = ()
     """Points that are tried first; knobs that one leaves out are drawn."""

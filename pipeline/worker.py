@@ -27,7 +27,7 @@ from pipeline.checkpoint import (
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
 from pipeline.errors import UserError
-from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
+from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, proposal_recall, rows_of_worker
 from pipeline.freezing import freeze
 from pipeline.initial_weights import load_initial_weights
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
@@ -322,7 +322,8 @@ class Worker:
             for buffer in [*self.model.buffers(), *(self.averaged.buffers() if self.averaged else ())]:
                 torch.distributed.broadcast(buffer, src=0)
         rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
-        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
+        recall = self.config.train.rpn_recall
+        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype, recall)
         everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
         if self.num_workers > 1:
             torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
@@ -333,7 +334,8 @@ class Worker:
             assert everything is not None
             together = [entry for part in everything for entry in part]
             manifest = self.validation.manifest
-            message = [average_precision(together, manifest.num_rows, manifest.num_classes)]
+            precision = average_precision(together, manifest.num_rows, manifest.num_classes)
+            message = [{**precision, **proposal_recall(together)}]
         if self.num_workers > 1:
             torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
         self.metrics = message[0]
