@@ -13,7 +13,7 @@ from model.backbone import Backbone
 from model.box_head import BoxHead
 from model.boxes import encode_boxes, last_pixel_inside, last_pixel_outside
 from model.canvas import image_windows, move_to_windows, normalise
-from model.config import ModelConfig
+from model.config import ModelConfig, RpnConfig
 from model.fpn import FeaturePyramid
 from model.mask_head import MaskHead
 from model.mask_targets import crop_mask_targets
@@ -132,9 +132,13 @@ class MaskRCNN(nn.Module):
         anchors: list[Tensor],
         windows: Tensor,
         canvas: tuple[int, int],
+        config: RpnConfig | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `model.proposals.propose`; boxes are in the frame of arithmetic (`ModelConfig.boxes`) from here on."""
-        config = self.config.rpn
+        """See `model.proposals.propose`; boxes are in the frame of arithmetic (`ModelConfig.boxes`) from here on.
+
+        Another config than the model's own changes the thresholds and numbers of this call.
+        """
+        config = config or self.config.rpn
         number, top_k = config.proposals_training, config.pre_nms_top_k
         if not self.training:
             number, top_k = config.proposals_inference, config.pre_nms_top_k_inference or top_k

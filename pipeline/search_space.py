@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from model.config import AnchorConfig
 from pipeline.command_line import ConfigurationError, explain_validation, known_keys, unknown_key
 from pipeline.config import ExperimentConfig
+from pipeline.sweep_config import SweepSettings
 
 Point = dict[str, Any]
 
@@ -34,6 +35,19 @@ NOT_OF_SHARDS = (
     "data.mini_masks",
     "data.object_store_megabytes",
 )
+THRESHOLD_KNOBS = (
+    "model.rpn.nms_threshold",
+    "model.rpn.pre_nms_top_k",
+    "model.rpn.pre_nms_top_k_inference",
+    "model.rpn.proposals_inference",
+    "model.rpn.min_size",
+    "model.detections.score_threshold",
+    "model.detections.nms_threshold",
+    "model.detections.max_per_image",
+    "model.detections.min_size",
+    "model.detections.best_class_only",
+)
+"""What can be varied without training (`model.variants.VARIABLE_KEYS`)."""
 MAX_COMBINATIONS = 256
 
 
@@ -315,6 +329,28 @@ def _touches_shards(name: str) -> bool:
 def shard_knobs(space: Space) -> Space:
     """The knobs that change the prepared data."""
     return space.only([knob.name for knob in space.knobs if _touches_shards(knob.name)])
+
+
+def check_search(space: Space, settings: SweepSettings) -> None:
+    """Refuse a search that cannot be made in this space, and start points outside of it.
+
+    Raises:
+        ConfigurationError: names the knob.
+    """
+    for knob in space.knobs:
+        if settings.search == "grid" and not knob.is_listed:
+            raise ConfigurationError(f"sweep.space.{knob.name}: {knob}: a grid search needs a choice")
+        if settings.search == "tpe" and knob.kind == "grid":
+            raise ConfigurationError(f"sweep.space.{knob.name}: tpe does not walk a grid; make it a choice")
+        if settings.checkpoint is not None and knob.name not in THRESHOLD_KNOBS:
+            raise ConfigurationError(
+                f"sweep.space.{knob.name}: needs a training, so it cannot be varied with sweep.checkpoint; "
+                f"without training one can vary {', '.join(THRESHOLD_KNOBS)}"
+            )
+    check_start_points(settings.start_points, space)
+    for index, point in enumerate(settings.start_points):
+        if settings.search == "grid" and len(point) < len(space.knobs):
+            raise ConfigurationError(f"sweep.start_points.{index}: a grid search draws nothing; name all knobs")
 
 
 def check_start_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:

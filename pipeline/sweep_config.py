@@ -67,6 +67,14 @@ class SweepSettings(Config):
                 raise ValueError(f"{name} {value}: no metric of that name is logged; there are {', '.join(OBJECTIVES)}")
         return self
 
+    @model_validator(mode="after")
+    def _a_sweep_without_training_knows_its_points(self) -> Self:
+        if self.checkpoint is not None and self.search == "tpe":
+            raise ValueError("search tpe: with checkpoint all points are looked at together; take random or grid")
+        if self.checkpoint is not None and not self.objective.startswith(("bbox_", "segm_")):
+            raise ValueError(f"objective {self.objective}: with checkpoint only box and mask AP are there to judge by")
+        return self
+
 
 class SweepConfig(ExperimentConfig):
     """An experiment and how it is varied."""

@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pipeline.anchor_advice import search_space
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
+from pipeline.evaluation import AP_METRICS
+from pipeline.proposal_recall import RECALL_METRICS
 from pipeline.search_space import (
     Knob,
     Space,
     advised_points,
     apply_point,
     best_possible_iou,
+    check_search,
     check_start_points,
     combinations,
     configured_value,
@@ -25,6 +29,8 @@ from pipeline.search_space import (
     shard_knobs,
     with_advice,
 )
+from pipeline.sweep_config import OBJECTIVES, RECALL_OBJECTIVES, SweepConfig, SweepSettings
+from pipeline.training import STEP_METRICS
 from tests.jobs.running import ROOT
 
 BASE = ExperimentConfig.model_validate({"data": {"canvases": [[64, 64]]}})
@@ -236,3 +242,56 @@ def test_the_check_needs_neither_torch_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert time.monotonic() - started < 20  # of a busy machine
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"search": "grid"}, "sweep.space.model.rpn.nms_threshold: uniform [0.5, 0.9]: a grid search needs a choice"),
+        ({"search": "tpe"}, "sweep.space.model.rpn.proposals_inference: tpe does not walk a grid"),
+        ({"checkpoint": "demo"}, "sweep.space.model.anchors.scales: needs a training"),
+        ({"start_points": [{"model.rpn.nms_threshold": 0.2}]}, "sweep.start_points.0: model.rpn.nms_threshold: 0.2"),
+    ],
+)
+def test_searches_that_cannot_be_made(settings: dict[str, Any], part: str) -> None:
+    space = parse_space(
+        {
+            "model.rpn.nms_threshold": {"uniform": [0.5, 0.9]},
+            "model.rpn.proposals_inference": {"grid": [100, 200]},
+            "model.anchors.scales": {"choice": [SMALL, LARGE]},
+        },
+        BASE,
+    )
+    check_search(space, SweepSettings())
+    with pytest.raises(ConfigurationError) as refused:
+        check_search(space, SweepSettings.model_validate(settings))
+    assert part in str(refused.value)
+
+
+def test_a_grid_search_draws_nothing() -> None:
+    space = parse_space({"train.seed": {"choice": [1, 2]}, "model.detections.max_per_image": {"grid": [5, 6]}}, BASE)
+    check_search(space, SweepSettings(search="grid"))
+    with pytest.raises(ConfigurationError, match=r"start_points\.0: a grid search draws nothing"):
+        check_search(space, SweepSettings(search="grid", start_points=({"train.seed": 1},)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"sweep": {"objective": "mAP"}}, "mAP: no metric of that name is logged; there are bbox_AP, "),
+        ({"sweep": {"early_objective": "recall"}}, "early_objective recall: no metric"),
+        ({"sweep": {"checkpoint": "demo", "search": "tpe"}}, "take random or grid"),
+        ({"sweep": {"checkpoint": "demo", "objective": "loss"}}, "only box and mask AP"),
+        ({"sweep": {"early_objective": "rpn_AR_100"}, "train": {"rpn_recall": False}}, "needs train.rpn_recall true"),
+    ],
+)
+def test_settings_of_a_sweep_that_do_not_go_together(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        SweepConfig.model_validate(changes)
+    assert part in str(refused.value)
+
+
+def test_the_objectives_are_what_a_training_logs() -> None:
+    step = (*STEP_METRICS, "learning_rate", "images_per_second", "data_wait_fraction")
+    assert sorted(OBJECTIVES) == sorted({*AP_METRICS, *RECALL_METRICS, *step})
+    assert RECALL_OBJECTIVES == RECALL_METRICS
