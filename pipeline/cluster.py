@@ -27,13 +27,15 @@ class Placement:
     """CPUs left for Ray Data; with none it would wait for ever, without an error."""
 
 
-def connect(debug: bool) -> None:
+def connect(debug: bool, concurrent_trials: int = 1, dashboard: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (set in a submitted job), or start Ray on this machine.
 
     A local Ray counts one CPU more than there are: reading data takes little, and workers would leave it none.
 
     Args:
         debug: show Ray's own messages and those of the workers.
+        concurrent_trials: of a sweep; each reads data of its own.
+        dashboard: start it with a local Ray; without it Ray Train does not clean up after a trial that was killed.
     """
     root = str(Path(__file__).resolve().parents[1])
     # Read when Ray starts or by Ray Train in the driver, so set before the import.
@@ -47,7 +49,8 @@ def connect(debug: bool) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        ray.init(address="local", num_cpus=local_cpus(), include_dashboard=False, **quiet)
+        num_cpus = local_cpus() + (concurrent_trials - 1) * MIN_CPUS_FOR_DATA
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **quiet)
     if not debug:
         _quiet_data()
 
@@ -122,6 +125,11 @@ def _wait_for_nodes(
             time.sleep(2)
     finally:
         _request([])  # a request holds until it is replaced, and would keep the nodes after the run
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Resources of every node that is alive."""
+    return _nodes()
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ Say = Callable[[str], None]
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
+@dataclass(frozen=True)
+class TrialOfSweep:
+    """What a training that is a trial of a sweep has from it."""
+
+    number: int
+    ledger: str
+    """Name of the actor that judges it, see `pipeline.trials.Ledger`."""
+    placement: Placement
+    """Its share of the cluster."""
+    parent_run_id: str | None
+    """MLflow run of the sweep."""
+
+
 def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | None:
     """Summary of a run that has nothing left to do, None for every other.
 
@@ -44,7 +59,13 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
     return result.summary
 
 
-def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights | None, say: Say) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig,
+    data: PreparedData,
+    weights: InitialWeights | None,
+    say: Say,
+    trial: TrialOfSweep | None = None,
+) -> dict[str, Any]:
     """Run a training to its end, or go on with it; Ray has to be running.
 
     Args:
@@ -52,6 +73,7 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         data: shards.
         weights: to begin with, None for random ones.
         say: takes lines for a person to read.
+        trial: where it is one of a sweep's; its checkpoints then stay out of MLflow.
 
     Returns:
         The summary that the job prints as JSON.
@@ -63,7 +85,7 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
     folder = run_state.run_folder(config)
     shards, validation = ShardSet(data.training), ShardSet(data.validation)
     _check_data(config, shards, validation)
-    placement = place_workers(config.scaling, say)
+    placement = trial.placement if trial is not None else place_workers(config.scaling, say)
     state = run_state.read_run(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
@@ -73,21 +95,22 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         weights.write()
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
-    tracker = _start_tracker(config, folder, tracker_name)
+    tracker = _start_tracker(config, folder, tracker_name, trial)
     run_id = _begin_run(tracker, config, state, folder, shards, validation)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
     try:
         with ProgressDisplay(tracker, say):
-            result = _fit(config, data, weights, placement, tracker_name)
+            result = _fit(config, data, weights, placement, tracker_name, trial)
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
         status = "FINISHED"
         if result.return_value["stopped"]:
             say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
         summary = _summarise(config, result, run_id, time.monotonic() - started)
-        _record_artifacts(tracker, config, shards, result)
+        if trial is None:
+            _record_artifacts(tracker, config, shards, result)
         run_state.write_result(folder, run_state.RunResult(_length(config), summary))
         return summary
     except KeyboardInterrupt:
@@ -146,7 +169,7 @@ def tracking_uri(config: ExperimentConfig) -> str:
     return config.run.mlflow_uri or default_uri(storage.absolute(config.run.storage_path))
 
 
-def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
+def _start_tracker(config: ExperimentConfig, folder: str, name: str, trial: TrialOfSweep | None) -> Any:
     """The tracker as an actor on this node, which lives as long as the driver."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -161,7 +184,8 @@ def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
     options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
     # Calls are run in their order, but those that show progress need not wait behind an upload.
     actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(Tracker).options(**options)
-    return actor.remote(uri, config.run.mlflow_experiment, config.run.name, folder, artifacts)
+    parent = trial.parent_run_id if trial is not None else None
+    return actor.remote(uri, config.run.mlflow_experiment, config.run.name, folder, artifacts, parent)
 
 
 def _begin_run(
@@ -194,6 +218,7 @@ def _fit(
     weights: InitialWeights | None,
     placement: Placement,
     tracker_name: str,
+    trial: TrialOfSweep | None,
 ) -> Any:
     """Run the workers; Ray Train restarts them from the latest checkpoint when some are lost."""
     import ray.train
@@ -208,6 +233,7 @@ def _fit(
             "initial_weights": weights.path if weights is not None else None,
             "tracker": tracker_name,
             "cpus_for_data": placement.cpus_for_data,
+            "trial": (trial.ledger, trial.number) if trial is not None else None,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
@@ -236,7 +262,8 @@ def _fit(
     except SystemExit as stopped:  # Ray Train's own handler of Ctrl-C has aborted the run
         raise KeyboardInterrupt from stopped
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if threading.current_thread() is threading.main_thread():  # a trial runs in another, where none is replaced
+            signal.signal(signal.SIGINT, handler)
 
 
 def _last_line(error: BaseException) -> str:

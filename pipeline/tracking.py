@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 NAMESPACE = "mask-rcnn"
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
 RUN_TAG = "mask_rcnn.run_folder"
+PARENT_TAG = "mlflow.parentRunId"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
 MAX_PENDING = 200_000  # metrics kept while a server is away
@@ -42,12 +43,21 @@ def default_uri(storage_path: str) -> str:
 class Tracker:
     """Records one training in one MLflow run."""
 
-    def __init__(self, uri: str, experiment: str, run_name: str, run_folder: str, artifacts_folder: str | None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_folder: str,
+        artifacts_folder: str | None,
+        parent_run_id: str | None = None,
+    ) -> None:
         # The defaults would retry for minutes while a training waits for its run to begin.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._uri, self._experiment, self._run_name, self._run_folder = uri, experiment, run_name, run_folder
         self._artifacts_folder = artifacts_folder
+        self._tags = {RUN_TAG: run_folder, **({PARENT_TAG: parent_run_id} if parent_run_id else {})}
         self._run_id: str | None = None
         self._marks: dict[str, int] = {}
         self._pending: list[tuple[str, float, int, int]] = []  # name, value, milliseconds, step
@@ -90,7 +100,7 @@ class Tracker:
                 if name in run.data.metrics:
                     self._marks[name] = max(metric.step for metric in client.get_metric_history(known, name))
             return str(known)
-        run = client.create_run(experiment_id, run_name=self._run_name, tags={RUN_TAG: self._run_folder})
+        run = client.create_run(experiment_id, run_name=self._run_name, tags=self._tags)
         from mlflow.entities import Param
 
         items = [Param(key, value[:6000]) for key, value in parameters.items()]
@@ -198,6 +208,107 @@ class Tracker:
 
     def _say(self, text: str) -> None:
         self._problem = text
+
+
+class SweepRecord:
+    """The MLflow run of a sweep, and what the runs of its trials are told; a failure is said and stops nothing."""
+
+    def __init__(self, uri: str, experiment: str, artifacts_folder: str | None, say: Callable[[str], None]) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self._uri, self._experiment, self._artifacts_folder, self._say = uri, experiment, artifacts_folder, say
+
+    def begin(
+        self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None = None
+    ) -> str | None:
+        """Take up a run, or begin one.
+
+        Args:
+            known: id of the run where it was begun before.
+            name: of the run.
+            run_folder: by which a run is found that was begun but not written down.
+            parameters: logged once.
+            parent: run that it is a child of.
+
+        Returns:
+            Its id, None where MLflow cannot be reached.
+        """
+        return self._try(
+            f"{name} could not be recorded", lambda: self._begin(known, name, run_folder, parameters, parent)
+        )
+
+    def _begin(
+        self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None
+    ) -> str:
+        from mlflow.entities import Param
+
+        client = self._client()
+        experiment = client.get_experiment_by_name(self._experiment)
+        experiment_id = (
+            experiment.experiment_id
+            if experiment is not None
+            else client.create_experiment(self._experiment, artifact_location=self._artifacts_folder)
+        )
+        quote = '"' if "'" in run_folder else "'"
+        wanted = f"tags.`{RUN_TAG}` = {quote}{run_folder}{quote} and attributes.status = 'RUNNING'"
+        found = [known] if known else [run.info.run_id for run in client.search_runs([experiment_id], wanted)][:1]
+        if found:
+            client.update_run(found[0], status="RUNNING")
+            return str(found[0])
+        tags = {RUN_TAG: run_folder, **({PARENT_TAG: parent} if parent else {})}
+        run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
+        items = [Param(key, value[:6000]) for key, value in parameters.items()]
+        for start in range(0, len(items), 100):
+            client.log_batch(run_id, params=items[start : start + 100])
+        return run_id
+
+    def log_series(self, run_id: str, rows: Sequence[Mapping[str, float]]) -> None:
+        """Record metrics of points, the number of a point as its step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for step, row in enumerate(rows) for name, value in row.items()]
+        for start in range(0, len(metrics), MAX_METRICS_A_CALL):
+            part = metrics[start : start + MAX_METRICS_A_CALL]
+            self._try("metrics could not be recorded", lambda part=part: self._client().log_batch(run_id, metrics=part))
+
+    def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Record small files by their path in the run."""
+        with tempfile.TemporaryDirectory() as scratch:
+            for path, content in files.items():
+                folder, name = os.path.split(path)
+                local = os.path.join(scratch, name)
+                with open(local, "wb") as file:
+                    file.write(content)
+                self.log_file(run_id, local, folder)
+
+    def log_file(self, run_id: str, path: str, folder: str) -> None:
+        """Record a local file in a folder of the run, "" for its top."""
+        self._try(
+            f"{os.path.basename(path)} could not be recorded",
+            lambda: self._client().log_artifact(run_id, path, folder or None),
+        )
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        for key, value in tags.items():
+            self._try("a tag could not be set", lambda k=key, v=value: self._client().set_tag(run_id, k, v[:5000]))
+
+    def end(self, run_id: str, status: str) -> None:
+        """End a run: "FINISHED", "FAILED" or "KILLED"."""
+        self._try("the end could not be recorded", lambda: self._client().set_terminated(run_id, status))
+
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self._uri)
+
+    def _try(self, problem: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # MLflow, its database and the network raise many kinds
+            self._say(f"warning: MLflow at {self._uri}: {problem} ({_first_line(error)})")
+            return None
 
 
 def _first_line(error: Exception) -> str:

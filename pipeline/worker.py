@@ -47,6 +47,7 @@ from pipeline.training import (
     gradient_scaler,
     train_step,
 )
+from pipeline.trials import SweepJudge
 
 NUM_PICTURES = 4
 EVALUATION_BATCH_SIZE = 8
@@ -138,6 +139,7 @@ class Worker:
         self.cpus_for_data: float = settings["cpus_for_data"]
         self.initial_weights: str | None = settings["initial_weights"]
         self.tracker = ray.get_actor(settings["tracker"], namespace=NAMESPACE) if self.rank == 0 else None
+        self.judge = SweepJudge(*settings["trial"]) if settings.get("trial") else None
 
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
@@ -153,6 +155,7 @@ class Worker:
         self.averaged = averaged_copy(self.model) if self.config.optim.ema_decay is not None else None
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.step_metrics: dict[str, float] = {}
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
@@ -181,6 +184,8 @@ class Worker:
         self.step, self.metrics = description.step, description.metrics
         self.evaluations = description.evaluations
         self.stopped = stop_reason(self.evaluations, self.config.train)
+        if self.judge is not None:
+            self.stopped = self.stopped or self.judge.verdict()
         self.speed_before = description.images_per_second
 
     def train(self) -> None:
@@ -298,15 +303,13 @@ class Worker:
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
         for offset, row in enumerate(rows):
             check_finite(row, first_step + offset)
-            self._log(
-                first_step + offset + 1,
-                {
-                    **dict(zip(STEP_METRICS, row, strict=True)),
-                    "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
-                    "images_per_second": images_per_second,
-                    "data_wait_fraction": pace.waited / seconds,
-                },
-            )
+            self.step_metrics = {
+                **dict(zip(STEP_METRICS, row, strict=True)),
+                "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
+                "images_per_second": images_per_second,
+                "data_wait_fraction": pace.waited / seconds,
+            }
+            self._log(first_step + offset + 1, self.step_metrics)
         self._show(
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
@@ -329,18 +332,21 @@ class Worker:
             torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
         else:
             everything = [seen]
-        message: list[Any] = [None]
+        message: list[Any] = [None, None]  # metrics, and the sweep's reason to stop
         if self.rank == 0:
             assert everything is not None
             together = [entry for part in everything for entry in part]
             manifest = self.validation.manifest
             precision = average_precision(together, manifest.num_rows, manifest.num_classes)
-            message = [{**precision, **proposal_recall(together)}]
+            message[0] = {**precision, **proposal_recall(together)}
+            if self.judge is not None:
+                is_last = self.step >= self.last_step
+                message[1] = self.judge.judge(self.step, self._epoch(), is_last, {**self.step_metrics, **message[0]})
         if self.num_workers > 1:
             torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
         self.metrics = message[0]
         self.evaluations.append({name: self.metrics[name] for name in JUDGED_METRICS})
-        self.stopped = stop_reason(self.evaluations, self.config.train)
+        self.stopped = stop_reason(self.evaluations, self.config.train) or message[1]
         self._log(self.step, {**self.metrics, "epoch": self._epoch()})
         if self.tracker is not None:
             self._show(evaluated=self.metrics)

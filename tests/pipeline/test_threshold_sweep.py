@@ -27,7 +27,7 @@ POINTS: list[dict[str, Any]] = [
 @pytest.mark.cluster
 @pytest.mark.parametrize("whole_pixels", [False, True])
 def test_every_point_equals_its_own_evaluation(prepared: Prepared, whole_pixels: bool) -> None:
-    """Also on training rows, whose sources have labelled different classes."""
+    """The sources of the training rows have labelled different classes."""
     experiment = apply_point(prepared.config, {"model.detections.whole_pixels": whole_pixels})
     torch.manual_seed(0)
     model = MaskRCNN(experiment.model, 4).eval()
@@ -36,27 +36,26 @@ def test_every_point_equals_its_own_evaluation(prepared: Prepared, whole_pixels:
         model.rpn.class_logits.weight.mul_(20)
     variants = [apply_point(experiment, point).model for point in POINTS]
     numbers = set()
-    for folder in (prepared.data.training, prepared.data.validation):
-        shards = ShardSet(folder)
-        rows = list(range(len(shards)))
-        swept = sweep_rows(model, shards, rows, 3, None, variants)
-        for index, variant in enumerate(variants):
-            model.config = variant
-            single = evaluate_rows(model, shards, rows, 3, None)
-            model.config = experiment.model
-            of_row = {row.shared.row: row.of_point(index) for row in swept}
-            for expected in single:
-                found = of_row[expected.row]
-                assert found.annotations == expected.annotations
-                assert len(found.results) == len(expected.results)
-                numbers.add(len(found.results))
-                for ours, theirs in zip(found.results, expected.results, strict=True):
-                    assert ours["category_id"] == theirs["category_id"]
-                    assert ours["segmentation"] == theirs["segmentation"]
-                    assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
-                    assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
-            ap = point_precision(swept, index, len(rows), 4)
-            assert ap == pytest.approx(average_precision(single, len(rows), 4), abs=1e-6)
+    shards = ShardSet(prepared.data.validation if whole_pixels else prepared.data.training)
+    rows = list(range(len(shards)))
+    swept = sweep_rows(model, shards, rows, 3, None, variants)
+    for index, variant in enumerate(variants):
+        model.config = variant
+        single = evaluate_rows(model, shards, rows, 3, None)
+        model.config = experiment.model
+        of_row = {row.shared.row: row.of_point(index) for row in swept}
+        for expected in single:
+            found = of_row[expected.row]
+            assert found.annotations == expected.annotations
+            assert len(found.results) == len(expected.results)
+            numbers.add(len(found.results))
+            for ours, theirs in zip(found.results, expected.results, strict=True):
+                assert ours["category_id"] == theirs["category_id"]
+                assert ours["segmentation"] == theirs["segmentation"]
+                assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
+                assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
+        ap = point_precision(swept, index, len(rows), 4)
+        assert ap == pytest.approx(average_precision(single, len(rows), 4), abs=1e-6)
     assert 0 in numbers
     assert len(numbers) > 4
 
