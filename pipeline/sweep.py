@@ -434,11 +434,11 @@ def best_yaml(config: SweepConfig, best: Trial) -> str:
     """The configuration of the best trial, whole, as a run of its own."""
     experiment = apply_point(config.base(), best.point)
     experiment = _named(experiment, f"{config.run.name}-best")
-    value = best.value(config.sweep)
+    job = "train.py" if config.sweep.checkpoint is None else f"evaluate.py --checkpoint {config.sweep.checkpoint}"
     lines = [
         f"# What:    the best of sweep {config.run.name}: {best.name}, {show_point(best.point)}.",
-        f"# Result:  {config.sweep.objective} {value:.4f}.",
-        f"# Command: python jobs/train.py --config {BEST_FILE}",
+        f"# Result:  {config.sweep.objective} {best.value(config.sweep):.4f}.",
+        f"# Command: python jobs/{job} --config {BEST_FILE}",
     ]
     return "\n".join(lines) + "\n" + yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
 

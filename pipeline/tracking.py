@@ -6,6 +6,7 @@ Workers send it rows and go on; a thread of its own writes them in batches.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -216,6 +217,7 @@ class SweepRecord:
     def __init__(self, uri: str, experiment: str, artifacts_folder: str | None, say: Callable[[str], None]) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells that it makes its tables
         self._uri, self._experiment, self._artifacts_folder, self._say = uri, experiment, artifacts_folder, say
 
     def begin(
