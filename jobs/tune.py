@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from pipeline.command_line import parse, run_job, say
-from pipeline.search_space import check_search, parse_space
+from pipeline.space_parsing import check_search, parse_space
 from pipeline.sweep_config import SweepConfig
 
 
@@ -25,9 +25,9 @@ def main(arguments: list[str]) -> None:
     space = parse_space(config.sweep.space, config.base())  # before anything is imported or started: in a second
     check_search(space, config.sweep)
 
-    from pipeline import sweep, threshold_job
+    from pipeline import sweep, sweep_state, threshold_job
 
-    summary = sweep.finished_summary(config, say)
+    summary = sweep_state.finished_summary(config, say)
     if summary is None:
         run = sweep.run if config.sweep.checkpoint is None else threshold_job.run
         summary = run(config, space, options.debug, say)

@@ -8,7 +8,6 @@ killed; and a sweep that was killed goes on from files that a person can read.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,127 +15,27 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline import cluster, prepare, run_state, storage
-from pipeline.checkpoint import best_checkpoint_of_run
-from pipeline.config import ExperimentConfig
+from pipeline.cluster import Placement
 from pipeline.errors import UserError
 from pipeline.launch import TrialOfSweep, tracking_uri
 from pipeline.preflight import REPORT
 from pipeline.search import point_key
-from pipeline.search_space import (
-    Point,
-    Space,
-    advised_points,
-    apply_point,
-    check_start_points,
-    shard_knobs,
-    show_point,
-    with_advice,
-)
+from pipeline.search_space import Point, Space, advised_points, apply_point, shard_knobs
 from pipeline.shards import read_manifest
+from pipeline.space_parsing import check_start_points, with_advice
 from pipeline.sweep_config import SweepConfig
-from pipeline.sweep_report import draw_importances, draw_objective, draw_parallel_coordinates, table_file, table_lines
 from pipeline.sweep_resources import check_disk, disk_bytes, trial_placement
-from pipeline.tracking import NAMESPACE, SweepRecord, flatten
+from pipeline.sweep_result import conclude, record_trial
+from pipeline.sweep_state import begin_parent, read_json, write_result
+from pipeline.tracking import NAMESPACE
 from pipeline.trial import SweepOfTrials, run_trial
-from pipeline.trials import Ledger, Trial, ranked
+from pipeline.trials import Ledger, Trial
 
 Say = Callable[[str], None]
-SWEEP_FILE, RESULT_FILE, TABLE_FILE, BEST_FILE = "sweep.json", "result.json", "trials.parquet", "best.yaml"
 POLL_SECONDS = 0.5
-MAY_CHANGE = (
-    "run.",
-    "checkpoints.",
-    "data.root",
-    "data.shards",
-    "data.object_store_megabytes",
-    "data.verify_shards",
-    "train.log_every_steps",
-    "sweep.max_",
-    "sweep.keep_checkpoints",
-)
-
-
-@dataclass(frozen=True)
-class SweepState:
-    """What a sweep's folder says of it."""
-
-    config: dict[str, Any]
-    """The resolved configuration it was begun with."""
-    mlflow_run_id: str | None
-
-
-def finished_summary(config: SweepConfig, say: Say) -> dict[str, Any] | None:
-    """Summary of a sweep that has nothing left to do, None for every other.
-
-    Raises:
-        UserError: the sweep was begun with another configuration.
-    """
-    tracking_uri(config.base())
-    folder = run_state.run_folder(config)
-    state = read_state(folder)
-    if state is None:
-        if run_state.read_run(folder) is not None:
-            raise UserError(f"{folder}: is the run of a training; name the sweep with --run.name")
-        return None
-    check_unchanged(state, config, folder)
-    result = read_json(storage.join(folder, RESULT_FILE))
-    if result is None or result["budget"] != budget_of(config):
-        return None
-    summary: dict[str, Any] = result["summary"]
-    say(f"sweep {config.run.name} in {folder} is finished ({summary['trials']} trials); nothing to do")
-    return summary
-
-
-def read_state(folder: str) -> SweepState | None:
-    """State of a sweep, None where it was never begun."""
-    content = read_json(storage.join(folder, SWEEP_FILE))
-    return SweepState(**content) if content is not None else None
-
-
-def read_json(path: str) -> dict[str, Any] | None:
-    """A file of the sweep, None where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(path))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); begin a new sweep with --run.name") from error
-    return content
-
-
-def check_unchanged(state: SweepState, config: SweepConfig, folder: str) -> None:
-    """Refuse to go on with another configuration than the sweep was begun with.
-
-    Raises:
-        UserError: with every difference.
-    """
-    before, after = flatten(state.config), flatten(config.model_dump(mode="json"))
-    changes = [
-        f"{key} {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changes:
-        raise UserError(
-            f"{folder}: was begun with another configuration: {'; '.join(changes)}. "
-            "Take the change back, or begin a new sweep with --run.name"
-        )
-
-
-def budget_of(config: SweepConfig) -> list[float | None]:
-    """What ends a sweep; with another one it goes on."""
-    return [config.sweep.max_trials, config.sweep.max_worker_hours, config.sweep.max_hours]
 
 
 def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, Any]:
@@ -144,7 +43,7 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
 
     Args:
         config: whole.
-        space: from `read_space`.
+        space: checked.
         debug: show Ray's messages.
         say: takes lines for a person to read.
 
@@ -157,19 +56,16 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     started = time.monotonic()
     base, folder = config.base(), run_state.run_folder(config)
     of_shards = shard_knobs(space)
-    combinations = of_shards.points() if of_shards.knobs else [{}]
-    checked = [(point, prepare.check(apply_point(base, point), say)) for point in combinations]
+    checked = [(point, prepare.check(apply_point(base, point), say)) for point in of_shards.points()]
     cluster.connect(debug, concurrent_trials(config), dashboard=True)
     data = {point_key(point): prepare.write(apply_point(base, point), entry, say) for point, entry in checked}
     candidates = read_advice(checked[0][1].folder)
     space = with_advice(space, candidates, base)
     starts = start_points(config, space, candidates)
-
-    alone = cluster.place_workers(config.scaling, say)
-    nodes, num_workers = cluster.node_resources(), config.scaling.num_workers
-    number, placement = trial_placement(nodes, num_workers, alone, config.sweep.max_concurrent_trials)
+    number, placement = share_cluster(config, say)
     num_classes = read_manifest(next(iter(data.values())).training).num_classes
     check_disk(folder, disk_bytes(base, space, config.sweep, number, num_classes), say)
+    num_workers = config.scaling.num_workers
     say(
         f"sweep: {config.sweep.search} search with {config.sweep.scheduler} over {len(space.knobs)} knobs, "
         f"{len(starts)} start points, up to {config.sweep.max_trials} trials, {number} at once of {num_workers} workers"
@@ -195,8 +91,7 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
         trials = _settled(ledger, record)
         summary = conclude(config, space, trials, folder, parent, say)
         summary["seconds"] = round(time.monotonic() - started, 1)
-        result = {"budget": budget_of(config), "summary": summary}
-        storage.write_bytes(storage.join(folder, RESULT_FILE), json.dumps(result, indent=1).encode())
+        write_result(config, folder, summary)
         status = "FINISHED"
         return summary
     except KeyboardInterrupt:
@@ -214,6 +109,17 @@ def concurrent_trials(config: SweepConfig) -> int:
     return max(1, cores // (config.scaling.num_workers * config.scaling.cpus_per_worker))
 
 
+def share_cluster(config: SweepConfig, say: Say) -> tuple[int, Placement]:
+    """How many trials run at once, and what the workers of each get.
+
+    Raises:
+        UserError: not even one fits, now and ever, or not as many as asked for.
+    """
+    alone = cluster.place_workers(config.scaling, say)
+    nodes = cluster.node_resources()
+    return trial_placement(nodes, config.scaling.num_workers, alone, config.sweep.max_concurrent_trials)
+
+
 def read_advice(folder: str) -> list[dict[str, Any]]:
     """Scales and ratios that the data suggest, the configured ones first; none where shards came without a report."""
     report = read_json(storage.join(folder, REPORT))
@@ -229,37 +135,6 @@ def start_points(config: SweepConfig, space: Space, candidates: Sequence[dict[st
     check_start_points(config.sweep.start_points, space)
     given = [dict(point) for point in config.sweep.start_points]
     return given + (advised_points(space, candidates, config.base()) if config.sweep.advised_anchors else [])
-
-
-@dataclass(frozen=True)
-class Parent:
-    """MLflow run of the sweep."""
-
-    record: SweepRecord
-    run_id: str | None
-    """None where MLflow was never reached."""
-
-    def end(self, status: str) -> None:
-        """End the run."""
-        if self.run_id is not None:
-            self.record.end(self.run_id, status)
-
-
-def begin_parent(config: SweepConfig, folder: str, say: Say) -> Parent:
-    """Begin or take up the sweep's MLflow run, and write the sweep's folder down."""
-    uri, state = tracking_uri(config.base()), read_state(folder)
-    artifacts = None
-    storage_path = storage.absolute(config.run.storage_path)
-    if uri.startswith("sqlite:") and not storage.is_url(storage_path):
-        os.makedirs(storage_path, exist_ok=True)
-        artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    record = SweepRecord(uri, config.run.mlflow_experiment, artifacts, say)
-    resolved = config.model_dump(mode="json")
-    known = state.mlflow_run_id if state else None
-    run_id = record.begin(known, config.run.name, folder, flatten(resolved)) or known
-    content = asdict(SweepState(state.config if state else resolved, run_id))
-    storage.write_bytes(storage.join(folder, SWEEP_FILE), json.dumps(content, indent=1).encode())
-    return Parent(record, run_id)
 
 
 def _start_ledger(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -336,30 +211,6 @@ class _News:
                 continue
 
 
-def record_trial(trial: Trial, sweep: SweepOfTrials, parent: Parent, objective: str) -> None:
-    """Tell the MLflow run of an ended trial how it ended; one that failed before it had its own gets one."""
-    config = sweep.config_of(trial.number, trial.point)
-    folder = storage.join(sweep.folder, trial.name)
-    state = run_state.read_run(folder)
-    run_id = state.mlflow_run_id if state is not None else None
-    if run_id is None:
-        parameters = flatten(config.model_dump(mode="json"))
-        run_id = parent.record.begin(None, trial.name, folder, parameters, parent.run_id)
-    if run_id is None:
-        return
-    rungs = [f"epoch {e['epoch']:g}: {e[objective]:.4f}" for e in trial.evaluations if objective in e]
-    tags = {
-        "sweep.trial": trial.name,
-        "sweep.state": trial.state,
-        "sweep.reason": trial.reason or "",
-        "sweep.point": show_point(trial.point),
-        "sweep.rungs": ", ".join(rungs),
-    }
-    parent.record.tag(run_id, tags)
-    if trial.state == "failed":
-        parent.record.end(run_id, "FAILED")
-
-
 def _settled(ledger: Any, record: Callable[[Trial], None]) -> list[Trial]:
     """All trials, when none runs any more; those that ended while nobody listened are recorded too."""
     import ray
@@ -371,77 +222,3 @@ def _settled(ledger: Any, record: Callable[[Trial], None]) -> list[Trial]:
     for trial in trials:
         record(trial)
     return trials
-
-
-def conclude(
-    config: SweepConfig, space: Space, trials: Sequence[Trial], folder: str, parent: Parent, say: Say
-) -> dict[str, Any]:
-    """Write table, pictures and the best configuration, on disk and to MLflow, and show the table.
-
-    Raises:
-        UserError: no trial reached anything.
-    """
-    settings = config.sweep
-    table = storage.join(folder, TABLE_FILE)
-    storage.write_bytes(table, table_file(trials, space, settings, config.scaling.num_workers))
-    for line in table_lines(trials, space, settings):
-        say(line)
-    counts = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
-    best_first = ranked(trials, settings)
-    if not best_first:
-        reasons = sorted({str(trial.reason) for trial in trials})
-        raise UserError(f"none of {len(trials)} trials reached anything: {'; '.join(reasons[:3])}")
-    best = best_first[0]
-    text = best_yaml(config, best)
-    storage.write_bytes(storage.join(folder, BEST_FILE), text.encode())
-    summary = {
-        "best_trial": best.name,
-        settings.objective: round(best.value(settings) or 0.0, 4),
-        "best_point": best.point,
-        "trials": len(trials),
-        **counts,
-        "best_config": storage.join(folder, BEST_FILE),
-        "table": table,
-        "mlflow_run_id": parent.run_id,
-    }
-    checkpoint = best_checkpoint_of_run(storage.join(folder, best.name))
-    if checkpoint is not None:
-        summary["checkpoint"] = checkpoint
-    if parent.run_id is not None:
-        parent.record.log_files(parent.run_id, files_of_conclusion(config, space, trials, text))
-        for name in sorted(os.listdir(checkpoint)) if checkpoint is not None else []:
-            parent.record.log_file(parent.run_id, os.path.join(checkpoint or "", name), "best_checkpoint")
-    return summary
-
-
-def files_of_conclusion(config: SweepConfig, space: Space, trials: Sequence[Trial], best: str) -> dict[str, bytes]:
-    """Table, best configuration and pictures, by their path in the sweep's MLflow run."""
-    settings = config.sweep
-    pictures = {
-        "objective.png": draw_objective(trials, settings),
-        "parallel_coordinates.png": draw_parallel_coordinates(trials, space, settings),
-        "importance.png": draw_importances(trials, space, settings),
-    }
-    return {
-        BEST_FILE: best.encode(),
-        TABLE_FILE: table_file(trials, space, settings, config.scaling.num_workers),
-        "trials.txt": "\n".join(table_lines(trials, space, settings)).encode(),
-        **{f"pictures/{name}": picture for name, picture in pictures.items() if picture is not None},
-    }
-
-
-def best_yaml(config: SweepConfig, best: Trial) -> str:
-    """The configuration of the best trial, whole, as a run of its own."""
-    experiment = apply_point(config.base(), best.point)
-    experiment = _named(experiment, f"{config.run.name}-best")
-    job = "train.py" if config.sweep.checkpoint is None else f"evaluate.py --checkpoint {config.sweep.checkpoint}"
-    lines = [
-        f"# What:    the best of sweep {config.run.name}: {best.name}, {show_point(best.point)}.",
-        f"# Result:  {config.sweep.objective} {best.value(config.sweep):.4f}.",
-        f"# Command: python jobs/{job} --config {BEST_FILE}",
-    ]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
-
-
-def _named(experiment: ExperimentConfig, name: str) -> ExperimentConfig:
-    return experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name})})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
-from pipeline import cluster, prepare, run_state, storage
+from pipeline import cluster, prepare, run_state
 from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import rows_of_worker
@@ -20,9 +19,10 @@ from pipeline.inference import BATCH_SIZE, find_weights, load_weights
 from pipeline.search import draw_points
 from pipeline.search_space import Point, Space, apply_point
 from pipeline.shards import ShardSet
-from pipeline.sweep import RESULT_FILE, begin_parent, budget_of, conclude
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_report import points_as_trials
+from pipeline.sweep_result import conclude
+from pipeline.sweep_state import begin_parent, write_result
 from pipeline.threshold_sweep import SweptRow, point_precision, sweep_rows
 from pipeline.training import autocast_dtype
 
@@ -64,8 +64,7 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
             parent.record.log_series(parent.run_id, metrics)
         summary = conclude(config, space, points_as_trials(points, metrics), folder, parent, say)
         summary["seconds"] = round(time.monotonic() - started, 1)
-        result = {"budget": budget_of(config), "summary": summary}
-        storage.write_bytes(storage.join(folder, RESULT_FILE), json.dumps(result, indent=1).encode())
+        write_result(config, folder, summary)
         status = "FINISHED"
         return summary
     finally:

@@ -12,7 +12,7 @@ import pipeline.config
 from model.config import Config
 from pipeline.command_line import known_keys, parse
 from pipeline.config import CocoSource, DataSettings, ExperimentConfig
-from pipeline.search_space import check_search, parse_space
+from pipeline.space_parsing import check_search, parse_space
 from pipeline.sweep_config import SweepConfig, SweepSettings
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))

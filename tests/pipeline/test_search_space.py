@@ -14,19 +14,13 @@ from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import AP_METRICS
 from pipeline.proposal_recall import RECALL_METRICS
-from pipeline.search_space import (
-    Knob,
-    Space,
-    advised_points,
-    apply_point,
+from pipeline.search_space import Knob, Space, advised_points, apply_point, configured_value, label, shard_knobs
+from pipeline.space_parsing import (
     best_possible_iou,
     check_search,
     check_start_points,
     combinations,
-    configured_value,
-    label,
     parse_space,
-    shard_knobs,
     with_advice,
 )
 from pipeline.sweep_config import OBJECTIVES, RECALL_OBJECTIVES, SweepConfig, SweepSettings
@@ -185,6 +179,8 @@ def test_the_advice_fills_the_space_and_comes_first() -> None:
         {"model.anchors.scales": {"choice": "advised"}, "model.rpn.nms_threshold": {"uniform": [0.5, 0.9]}}, BASE
     )
     assert space["model.anchors.scales"].is_advised
+    with pytest.raises(ConfigurationError, match=r"sweep\.space\.model\.anchors\.scales: advised, but .* no report"):
+        with_advice(space, [], BASE)
     known = with_advice(space, ADVICE, BASE)
     assert known["model.anchors.scales"].values == ([32, 64, 128, 256, 512], SMALL)
     assert advised_points(known, ADVICE, BASE) == [
@@ -235,9 +231,7 @@ def test_labels(value: Any, expected: str) -> None:
 
 def test_the_check_needs_neither_torch_nor_ray() -> None:
     """So a mistake in the space shows in about a second."""
-    code = (
-        "import sys, pipeline.search_space, pipeline.sweep_config; print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
-    )
+    code = "import sys, pipeline.space_parsing; print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

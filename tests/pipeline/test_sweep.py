@@ -14,19 +14,11 @@ from pipeline.errors import UserError
 from pipeline.launch import TrialOfSweep
 from pipeline.prepare import PreparedData
 from pipeline.search import point_key
-from pipeline.search_space import parse_space
-from pipeline.sweep import (
-    BEST_FILE,
-    RESULT_FILE,
-    SWEEP_FILE,
-    best_yaml,
-    budget_of,
-    concurrent_trials,
-    finished_summary,
-    read_advice,
-    start_points,
-)
+from pipeline.space_parsing import parse_space
+from pipeline.sweep import concurrent_trials, read_advice, start_points
 from pipeline.sweep_config import SweepConfig
+from pipeline.sweep_result import BEST_FILE, best_yaml
+from pipeline.sweep_state import RESULT_FILE, SWEEP_FILE, budget_of, finished_summary
 from pipeline.trial import SweepOfTrials, explain
 from pipeline.trials import Trial
 
@@ -156,9 +148,9 @@ def test_a_trial_is_a_run_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
 
 
 def test_failures_in_a_line() -> None:
-    class Wrapped(Exception):
+    class WrappedError(Exception):
         cause = UserError("training failed: step 12: loss = nan")
 
-    assert explain(Wrapped("a traceback\nof many lines")) == "training failed: step 12: loss = nan"
+    assert explain(WrappedError("a traceback\nof many lines")) == "training failed: step 12: loss = nan"
     assert explain(MemoryError("no room\nfor it")) == "MemoryError: for it"
     assert explain(ValueError()) == "ValueError: no message"

@@ -9,8 +9,9 @@ from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
 from model.variants import VARIABLE_KEYS
 from pipeline.evaluation import average_precision, evaluate_rows
-from pipeline.search_space import THRESHOLD_KNOBS, apply_point
+from pipeline.search_space import apply_point
 from pipeline.shards import ShardSet
+from pipeline.space_parsing import THRESHOLD_KNOBS
 from pipeline.threshold_sweep import point_precision, sweep_rows
 from tests.pipeline.factories import Prepared
 
