@@ -8,10 +8,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.proposal_recall import RECALL_METRICS, average_recall, count_found, pairwise_iou
+from pipeline.proposal_recall import RECALL_METRICS, FloatArray, average_recall, count_found, pairwise_iou
 
 
-def boxes(*rows: list[float]) -> np.ndarray:
+def boxes(*rows: list[float]) -> FloatArray:
     return np.array(rows, dtype=np.float64).reshape(-1, 4)
 
 
@@ -50,8 +50,8 @@ def test_without_objects_or_proposals() -> None:
     assert average_recall([nothing, missed]) == dict.fromkeys(RECALL_METRICS, 0.0)
 
 
-def _by_pycocotools(proposals: list[np.ndarray], objects: list[np.ndarray]) -> list[float]:
-    def dataset(parts: list[np.ndarray]) -> dict[str, object]:
+def _by_pycocotools(proposals: list[FloatArray], objects: list[FloatArray]) -> list[float]:
+    def dataset(parts: list[FloatArray]) -> dict[str, object]:
         entries = [
             {
                 "id": 1000 * image + index + 1,
