@@ -36,17 +36,26 @@ def count_found(proposals: FloatArray, objects: FloatArray) -> RecallCounts:
     if not len(proposals) or not len(objects):
         return RecallCounts(len(objects), num_found)
     ious = pairwise_iou(proposals[: NUMBERS[-1]], objects)
-    candidates = np.flatnonzero(ious.max(axis=1) >= IOU_THRESHOLDS[0])
+    near = ious >= IOU_THRESHOLDS[0]
+    nearest, reached = ious.argmax(axis=1), ious.max(axis=1)[:, None] >= IOU_THRESHOLDS  # (N,), (N, thresholds)
     taken = np.zeros((len(IOU_THRESHOLDS), len(objects)), dtype=bool)
+    num_near = near.sum(axis=1)
     for index, number in enumerate(NUMBERS):
-        first = NUMBERS[index - 1] if index else 0
-        for proposal in candidates[(candidates >= first) & (candidates < number)]:
-            free = np.where(~taken & (ious[proposal] >= IOU_THRESHOLDS[:, None]), ious[proposal], -1.0)
-            best = len(objects) - 1 - free[:, ::-1].argmax(axis=1)  # of equal ones the last, as in pycocotools
-            rows = np.flatnonzero(free.max(axis=1) > 0)
-            taken[rows, best[rows]] = True
+        for proposal in range(NUMBERS[index - 1] if index else 0, min(number, len(ious))):
+            if num_near[proposal] == 1:  # nearly always: there is nothing to choose
+                taken[:, nearest[proposal]] |= reached[proposal]
+            elif num_near[proposal] > 1:
+                _take_best(taken, ious[proposal])
         num_found[index] = taken.sum(axis=1)
     return RecallCounts(len(objects), num_found)
+
+
+def _take_best(taken: npt.NDArray[np.bool_], ious: FloatArray) -> None:
+    """At every threshold a proposal takes the object that it overlaps most of those that are left."""
+    free = np.where(~taken & (ious >= IOU_THRESHOLDS[:, None]), ious, -1.0)
+    best = free.shape[1] - 1 - free[:, ::-1].argmax(axis=1)  # of equal ones the last, as in pycocotools
+    rows = np.flatnonzero(free.max(axis=1) > 0)
+    taken[rows, best[rows]] = True
 
 
 def average_recall(counts: Sequence[RecallCounts]) -> dict[str, float]:
