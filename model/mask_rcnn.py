@@ -13,7 +13,7 @@ from model.backbone import Backbone
 from model.box_head import BoxHead
 from model.boxes import encode_boxes, last_pixel_inside, last_pixel_outside
 from model.canvas import image_windows, move_to_windows, normalise
-from model.config import ModelConfig
+from model.config import ModelConfig, RpnConfig
 from model.constants import constant
 from model.fpn import FeaturePyramid
 from model.mask_head import MaskHead
@@ -78,6 +78,11 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W) uint8 RGB, zero outside the image.
             image_sizes: (B, 2) int64 height and width of the image on its canvas.
         """
+        return self.detect_with_proposals(images, image_sizes)[0]
+
+    @torch.no_grad()
+    def detect_with_proposals(self, images: Tensor, image_sizes: Tensor) -> tuple[list[Detections], list[Tensor]]:
+        """As `detect`, and the proposals of each image, (K, 4) xyxy in input pixels, best first."""
         canvas = _canvas(images)
         windows = image_windows(image_sizes, canvas, self.config.image_position)
         pyramid = self.features(self.place(images, windows), windows)
@@ -104,9 +109,9 @@ class MaskRCNN(nn.Module):
             first_image = torch.zeros_like(classes)
             pooled = self.pool(features, boxes, first_image, self.config.mask_head.pool_size, canvas)
             mask_logits = self.mask_head(pooled, classes)
-            boxes = self.from_frame(boxes) - windows[image, :2].repeat(2)
+            boxes = self.to_input(boxes, windows[image])
             found.append(Detections(boxes, scores, classes, mask_logits.sigmoid()))
-        return found
+        return found, [self.to_input(regions[image_index == i], window) for i, window in enumerate(windows)]
 
     def features(self, images: Tensor, windows: Tensor) -> list[Tensor]:
         """P2..P6 of (B, 3, H, W) uint8 RGB images that lie in their windows (B, 4)."""
@@ -129,9 +134,13 @@ class MaskRCNN(nn.Module):
         anchors: list[Tensor],
         windows: Tensor,
         canvas: tuple[int, int],
+        config: RpnConfig | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `model.proposals.propose`; boxes are in the frame of arithmetic (`ModelConfig.boxes`) from here on."""
-        config = self.config.rpn
+        """See `model.proposals.propose`; boxes are in the frame of arithmetic (`ModelConfig.boxes`) from here on.
+
+        Another config than the model's own changes the thresholds and numbers of this call.
+        """
+        config = config or self.config.rpn
         number, top_k = config.proposals_training, config.pre_nms_top_k
         if not self.training:
             number, top_k = config.proposals_inference, config.pre_nms_top_k_inference or top_k
@@ -170,6 +179,10 @@ class MaskRCNN(nn.Module):
     def from_frame(self, boxes: Tensor) -> Tensor:
         """Inverse of `to_frame`."""
         return last_pixel_outside(boxes) if self.config.boxes == "inclusive" else boxes
+
+    def to_input(self, boxes: Tensor, window: Tensor) -> Tensor:
+        """From the frame of arithmetic to input pixels of an image that the network sees in this window, (4,)."""
+        return self.from_frame(boxes) - window[:2].repeat(2)
 
     def _rpn_losses(
         self, rpn_logits: Tensor, rpn_deltas: Tensor, anchors: Tensor, batch: Batch

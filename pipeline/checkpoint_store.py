@@ -130,6 +130,13 @@ class CheckpointStore:
             if entry.path not in kept:
                 self._remove(entry.path)
 
+    def remove_all(self) -> None:
+        """Remove every checkpoint, also those that are damaged or half written: nobody will go on with the run."""
+        for name in storage.list_folders(self.run_folder):
+            if NAME.fullmatch(name):
+                self._remove(storage.join(self.run_folder, name))
+        self.remove_unfinished()
+
     def _remove(self, path: str) -> None:
         if self._local:
             _remove_folder(path)

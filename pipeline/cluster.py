@@ -63,7 +63,7 @@ def capacity() -> Capacity:
     return Capacity(_nodes(), _has_autoscaler(), _most_that_autoscaler_brings())
 
 
-def connect(debug: bool, reads_data: bool = True) -> None:
+def connect(debug: bool, reads_data: bool = True, concurrent_trials: int = 1, dashboard: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (set in a submitted job), or start Ray on this machine.
 
     A local Ray counts one CPU more than there are: reading data takes little, and workers would leave it none.
@@ -71,6 +71,8 @@ def connect(debug: bool, reads_data: bool = True) -> None:
     Args:
         debug: show Ray's own messages and those of the workers.
         reads_data: whether Ray Data, whose import takes seconds, will be used.
+        concurrent_trials: of a sweep; each reads data of its own.
+        dashboard: start it with a local Ray; without it Ray Train does not clean up after a trial that was killed.
     """
     root = str(Path(__file__).resolve().parents[1])
     # Read when Ray starts or by Ray Train in the driver, so set before the import.
@@ -88,7 +90,8 @@ def connect(debug: bool, reads_data: bool = True) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        ray.init(address="local", num_cpus=local_cpus(), include_dashboard=False, **quiet)
+        num_cpus = local_cpus() + (concurrent_trials - 1) * MIN_CPUS_FOR_DATA
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **quiet)
     if not debug and reads_data:
         _quiet_data()
 

@@ -63,6 +63,7 @@ def parse(
     extra: dict[str, str] | None = None,
     optional: dict[str, str] | None = None,
     flags: dict[str, str] | None = None,
+    config_type: type[ExperimentConfig] = ExperimentConfig,
 ) -> SimpleNamespace:
     """Parse a job's command line.
 
@@ -72,9 +73,10 @@ def parse(
         extra: further required options of the job (`--checkpoint`) and their help.
         optional: further options that may be left out, which are None then.
         flags: further options without a value, which are True or False, and their help.
+        config_type: of `experiment`, for jobs whose configuration has more sections.
 
     Returns:
-        Namespace with `experiment` (an `ExperimentConfig`), `debug`, and one entry for each further option.
+        Namespace with `experiment` (a `config_type`), `debug`, and one entry for each further option.
 
     Raises:
         ConfigurationError: unknown key, wrong type, value out of range, file that cannot be read.
@@ -85,7 +87,7 @@ def parse(
     parser = ArgumentParser(
         description=description,
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
-        formatter_class=_help_formatter(),
+        formatter_class=_help_formatter(config_type),
         exit_on_error=False,
     )
     parser.add_argument(
@@ -98,7 +100,7 @@ def parse(
         parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
     for name, help_text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=help_text)
-    for name, field in ExperimentConfig.model_fields.items():
+    for name, field in config_type.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
@@ -106,13 +108,13 @@ def parse(
     except ArgumentError as error:
         files = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
         where = f"{', '.join(files)}: " if files and not _names_key(str(error)) else ""
-        raise ConfigurationError(where + explain(str(error))) from error
+        raise ConfigurationError(where + explain(str(error), config_type)) from error
     values = namespace.as_dict()
-    parts = {name: values[name] for name in ExperimentConfig.model_fields}
+    parts = {name: values[name] for name in config_type.model_fields}
     try:
-        experiment = ExperimentConfig.model_validate(parts)
+        experiment = config_type.model_validate(parts)
     except ValidationError as error:
-        raise ConfigurationError(explain_validation(error)) from error
+        raise ConfigurationError(explain_validation(error, config_type)) from error
     if print_config:  # not the parser's own, which cannot write lists of sources
         say(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).rstrip())
         sys.exit(0)
@@ -120,7 +122,7 @@ def parse(
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
 
 
-def _help_formatter() -> type[argparse.HelpFormatter]:
+def _help_formatter(config_type: type[BaseModel]) -> type[argparse.HelpFormatter]:
     """Help that shows types and ranges as a person would write them, and the description as it stands."""
     from jsonargparse import DefaultHelpFormatter
 
@@ -128,7 +130,8 @@ def _help_formatter() -> type[argparse.HelpFormatter]:
         def _expand_help(self, action: argparse.Action) -> str:
             text = _plain_types(str(super()._expand_help(action)))
             return text.replace(
-                ", default:", f"{_range_of(action.dest).replace(' (allowed: ', ', ').rstrip(')')}, default:"
+                ", default:",
+                f"{_range_of(action.dest, config_type).replace(' (allowed: ', ', ').rstrip(')')}, default:",
             )
 
     return Formatter
@@ -160,18 +163,18 @@ def known_keys(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> I
             yield f"{prefix}{name}"
 
 
-def explain(message: str) -> str:
+def explain(message: str, config_type: type[BaseModel] = ExperimentConfig) -> str:
     """The parser's message as one line that names the key and what is allowed."""
     # An optional group is reported as a key within a key.
     keys = list(dict.fromkeys(re.findall(r"(?:Parser|Problem with given) key \"([\w.]+)\"", message)))
     refused = re.search(r"Option '([\w.]+)' is not accepted", message)
     if refused:
-        return _unknown_key(".".join([*keys, refused[1]]))
+        return unknown_key(".".join([*keys, refused[1]]), config_type)
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message) or re.search(
         r"(?:[Uu]nrecognized arguments?: --|Key \"|Key ')()([\w.]+)", message
     )
     if unknown:
-        return _unknown_key(".".join(filter(None, unknown.groups())))
+        return unknown_key(".".join(filter(None, unknown.groups())), config_type)
     wrong = re.match(r"(?:Parser|Problem with given) key \"[\w.]+\":?\s*(.*)", message, flags=re.DOTALL)
     if wrong:
         key, rest = ".".join(keys), wrong[1]
@@ -183,7 +186,9 @@ def explain(message: str) -> str:
             inputs = [text for text in inputs if not text.startswith("Tuple should have at least")]
         value = re.search(r"G(?:ot|iven) value: (.*?)(?:\n +- |$)", rest, flags=re.DOTALL)
         expected = "; ".join(dict.fromkeys(inputs)) or _one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
-        return f"{key}: {expected.rstrip('. ')}{_range_of(key)}" + (f", got {_one_line(value[1])}" if value else "")
+        return f"{key}: {expected.rstrip('. ')}{_range_of(key, config_type)}" + (
+            f", got {_one_line(value[1])}" if value else ""
+        )
     return _one_line(message)
 
 
@@ -192,20 +197,21 @@ def _names_key(message: str) -> bool:
     return not message.startswith(("Problems parsing config", "Unexpected config"))
 
 
-def explain_validation(error: ValidationError) -> str:
+def explain_validation(error: ValidationError, config_type: type[BaseModel] = ExperimentConfig) -> str:
     """Pydantic's findings as one line."""
     findings = []
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"])
         if finding["type"] == "extra_forbidden":
-            findings.append(_unknown_key(key))
+            findings.append(unknown_key(key, config_type))
         else:
-            findings.append(f"{key}: {finding['msg'].removeprefix('Value error, ')}{_range_of(key)}")
+            findings.append(f"{key}: {finding['msg'].removeprefix('Value error, ')}{_range_of(key, config_type)}")
     return "; ".join(findings)
 
 
-def _unknown_key(key: str) -> str:
-    keys = list(known_keys())
+def unknown_key(key: str, config_type: type[BaseModel] = ExperimentConfig) -> str:
+    """That there is no such key, and which one may be meant."""
+    keys = list(known_keys(config_type))
     closest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not closest:  # the right last name in the wrong group
         closest = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]][:1]
@@ -213,9 +219,9 @@ def _unknown_key(key: str) -> str:
     return f"{key}: no such key{hint}"
 
 
-def _range_of(key: str) -> str:
+def _range_of(key: str, config_type: type[BaseModel]) -> str:
     """What the field allows, from its declaration."""
-    model: Any = ExperimentConfig
+    model: Any = config_type
     field = None
     for part in key.split("."):
         fields = getattr(model, "model_fields", {})

@@ -280,6 +280,8 @@ class TrainSettings(Config):
     """Steps that skip leaves out in a whole training; one more stops it."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between evaluations; the last step is always evaluated."""
+    rpn_recall: bool = True
+    """Log with every evaluation how many objects the RPN's proposals find: rpn_AR_100 and rpn_AR_1000."""
     log_every_steps: PositiveInt = 10
     """Steps whose metrics are logged together."""
 

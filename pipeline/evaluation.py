@@ -14,6 +14,7 @@ from model.masks import encode_detections
 from model.postprocess import to_original
 from model.structures import Detections
 from pipeline.coco_metrics import coco_statistics
+from pipeline.proposal_recall import RecallCounts, average_recall, count_found
 from pipeline.sample import unpack_row_masks
 from pipeline.shards import Manifest, ShardSet
 from pipeline.training import autocast
@@ -32,6 +33,8 @@ class EvaluatedRow:
     annotations: list[Json]
     """Ground truth."""
     results: list[Json]
+    recall: RecallCounts | None = None
+    """Of the proposals, where it was asked for."""
 
 
 AP_NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -59,36 +62,53 @@ def predict_rows(
     Yields:
         The row as read, and what was found in it.
     """
-    device = next(model.parameters()).device
+    for group in row_groups(shards, rows, batch_size):
+        for values, detections, _ in _predict(model, shards.manifest, group, dtype, with_proposals=False):
+            yield values, detections
+
+
+def row_groups(shards: ShardSet, rows: Iterable[int], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows as read, in lists of up to batch_size that lie on one canvas."""
     waiting: dict[int, list[dict[str, Any]]] = {}
     for values in shards.read_rows(list(rows)):
-        group = waiting.setdefault(values["canvas"], [])
-        group.append(values)
-        if len(group) == batch_size:
-            yield from _predict(model, shards.manifest, group, device, dtype)
-            group.clear()
-    for group in waiting.values():
-        if group:
-            yield from _predict(model, shards.manifest, group, device, dtype)
+        waiting.setdefault(values["canvas"], []).append(values)
+        if len(waiting[values["canvas"]]) == batch_size:
+            yield waiting.pop(values["canvas"])
+    yield from waiting.values()
+
+
+def batch_of_rows(group: Sequence[dict[str, Any]], manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one canvas as images (B, 3, H, W) uint8 and their sizes (B, 2) int64 on it."""
+    canvas_height, canvas_width = manifest.canvases[group[0]["canvas"]]
+    images = np.zeros((len(group), canvas_height, canvas_width, 3), dtype=np.uint8)
+    for index, values in enumerate(group):
+        height, width = values["image_height"], values["image_width"]
+        images[index, :height, :width] = values["image"].reshape(height, width, 3)
+    sizes = torch.tensor([(values["image_height"], values["image_width"]) for values in group])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), sizes
 
 
 def _predict(
     model: MaskRCNN,
     manifest: Manifest,
     group: Sequence[dict[str, Any]],
-    device: torch.device,
     dtype: torch.dtype | None,
-) -> Iterator[tuple[dict[str, Any], Detections]]:
-    canvas_height, canvas_width = manifest.canvases[group[0]["canvas"]]
-    images = np.zeros((len(group), canvas_height, canvas_width, 3), dtype=np.uint8)
-    for index, values in enumerate(group):
-        height, width = values["image_height"], values["image_width"]
-        images[index, :height, :width] = values["image"].reshape(height, width, 3)
-    sizes = [(values["image_height"], values["image_width"]) for values in group]
+    with_proposals: bool,
+) -> Iterator[tuple[dict[str, Any], Detections, torch.Tensor | None]]:
+    """The rows, their detections, and their proposals (K, 4) xyxy; all in original pixels."""
+    device = next(model.parameters()).device
+    images, sizes = batch_of_rows(group, manifest)
+    proposals: Sequence[torch.Tensor | None] = [None] * len(group)
     with autocast(dtype, device.type):
-        found = model.detect(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.tensor(sizes).to(device))
-    for values, size, detections in zip(group, sizes, found, strict=True):
-        yield values, to_original(detections, size, (values["height"], values["width"]), model.config)
+        if with_proposals:
+            found, proposals = model.detect_with_proposals(images.to(device), sizes.to(device))
+        else:
+            found = model.detect(images.to(device), sizes.to(device))
+    for values, (height, width), detections, boxes in zip(group, sizes.tolist(), found, proposals, strict=True):
+        original = values["height"], values["width"]
+        if boxes is not None:
+            boxes = boxes * boxes.new_tensor([original[1] / width, original[0] / height] * 2)
+        yield values, to_original(detections, (height, width), original, model.config), boxes
 
 
 def coco_results(
@@ -142,9 +162,17 @@ def ground_truth(values: dict[str, Any]) -> list[Json]:
 
 
 def evaluate_rows(
-    model: MaskRCNN, shards: ShardSet, rows: Sequence[int], batch_size: int, dtype: torch.dtype | None
+    model: MaskRCNN,
+    shards: ShardSet,
+    rows: Sequence[int],
+    batch_size: int,
+    dtype: torch.dtype | None,
+    recall: bool = False,
 ) -> list[EvaluatedRow]:
-    """Ground truth and results of some rows; the model is left in the mode it was in."""
+    """Ground truth and results of some rows, on request with the recall of the proposals.
+
+    The model is left in the mode it was in.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -155,11 +183,25 @@ def evaluate_rows(
                 values["width"],
                 ground_truth(values),
                 coco_results(values, detections, shards.manifest, model.config.detections.whole_pixels),
+                _proposal_recall(values, proposals) if proposals is not None else None,
             )
-            for values, detections in predict_rows(model, shards, rows, batch_size, dtype)
+            for group in row_groups(shards, rows, batch_size)
+            for values, detections, proposals in _predict(model, shards.manifest, group, dtype, recall)
         ]
     finally:
         model.train(was_training)
+
+
+def _proposal_recall(values: dict[str, Any], proposals: torch.Tensor) -> RecallCounts:
+    boxes = values["bboxes"].reshape(-1, 4)[~values["is_crowd"].astype(bool)]
+    objects = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    return count_found(proposals.double().cpu().numpy(), objects)
+
+
+def proposal_recall(seen: Sequence[EvaluatedRow]) -> dict[str, float]:
+    """The numbers of `RECALL_METRICS` over all rows; empty where they were not asked for."""
+    counts = [entry.recall for entry in seen if entry.recall is not None]
+    return average_recall(counts) if counts else {}
 
 
 def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: int) -> dict[str, float]:

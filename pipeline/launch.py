@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,19 @@ RESIZE_SECONDS = 300.0  # a group that grows is started again, so not too often
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
+@dataclass(frozen=True)
+class TrialOfSweep:
+    """What a training that is a trial of a sweep has from it."""
+
+    number: int
+    ledger: str
+    """Name of the actor that judges it, see `pipeline.trials.Ledger`."""
+    placement: Placement
+    """Its share of the cluster."""
+    parent_run_id: str | None
+    """MLflow run of the sweep."""
+
+
 def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | None:
     """Summary of a run that has nothing left to do, None for every other.
 
@@ -60,7 +73,7 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
         run_state.check_unchanged(state, config, folder)
     if state is None or result is None or result.length != _length(config):
         return None
-    _deliver_the_rest(config, folder, say)
+    deliver_the_rest(config, folder, say)
     say(f"run {config.run.name} in {folder} is finished ({result.summary['steps']} steps); nothing to do")
     return result.summary
 
@@ -74,17 +87,34 @@ def check_storage(config: ExperimentConfig) -> None:
     check_writable(run_state.run_folder(config))
 
 
-def _deliver_the_rest(config: ExperimentConfig, folder: str, say: Say) -> None:
-    """Give MLflow what it was not there for when the run ended."""
+def deliver_the_rest(config: ExperimentConfig, folder: str, say: Say, seconds: float = FINISH_SECONDS) -> str | None:
+    """Give MLflow what it was not there for when a run ended.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        say: told how that went, where there was something left.
+        seconds: to try at most; 0 tries once.
+
+    Returns:
+        Id of the MLflow run; None where this machine has no journal of the run, or MLflow never answered.
+    """
     if not Path(journal_folder(folder)).exists():
-        return
+        return None
     tracker = Tracker(*_tracker_arguments(config, folder))
     if not tracker.everything_is_delivered:
-        tracker.deliver(FINISH_SECONDS)
+        tracker.deliver(seconds)
         say(tracker.get_progress()["problem"] or f"MLflow at {tracking_uri(config)} has now got everything of the run")
+    return tracker.run_id()
 
 
-def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights | None, say: Say) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig,
+    data: PreparedData,
+    weights: InitialWeights | None,
+    say: Say,
+    trial: TrialOfSweep | None = None,
+) -> dict[str, Any]:
     """Run a training to its end, or go on with it; Ray has to be running.
 
     Args:
@@ -92,6 +122,7 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         data: shards.
         weights: to begin with, None for random ones.
         say: takes lines for a person to read.
+        trial: where it is one of a sweep's; its checkpoints then stay out of MLflow.
 
     Returns:
         The summary that the job prints as JSON.
@@ -103,8 +134,11 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
     folder = run_state.run_folder(config)
     shards, validation = ShardSet(data.training), ShardSet(data.validation)
     _check_data(config, shards, validation)
-    placement = place_workers(config.scaling, say)
-    check_at_start(config, say)
+    if trial is None:
+        placement = place_workers(config.scaling, say)
+        check_at_start(config, say)
+    else:
+        placement = trial.placement  # of a cluster that the sweep has looked at
     state = run_state.read_run(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
@@ -114,26 +148,28 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         weights.write()
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
-    tracker = _start_tracker(config, folder, tracker_name, state, data.training)
+    parent_run_id = trial.parent_run_id if trial is not None else None
+    tracker = _start_tracker(config, folder, tracker_name, state, data.training, parent_run_id)
     _begin_run(tracker, config, state, folder, shards, validation)
     _say_link(tracker, say)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
     try:
-        with _ending_on_sigterm(), ProgressDisplay(tracker, say):
-            result = _fit(config, data, weights, placement, tracker_name)
+        with _followed(tracker, say) if trial is None else contextlib.nullcontext():
+            result = _fit(config, data, weights, placement, tracker_name, trial)
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
         if result.return_value["stopped"]:
             say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
-        _record_checkpoints(tracker, folder)
+        if trial is None:
+            _record_checkpoints(tracker, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        run_id = _end_run(tracker, status, say)
+        run_id = _end_run(tracker, status, say, shown=trial is None)
     summary = _summarise(folder, result, run_id, time.monotonic() - started)
     _write_down_run_id(folder, run_id)
     run_state.write_result(folder, run_state.RunResult(_length(config), summary))
@@ -219,7 +255,14 @@ def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str,
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def _followed(tracker: Any, say: Say) -> Iterator[None]:
+    """A job's main thread waits for its training: it shows where that is, and ends it in order when it is to end."""
+    with ending_on_sigterm(), ProgressDisplay(tracker, say):
+        yield
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
     """Have SIGTERM raise `Terminated`; Ray's own handler, set with its start, would end the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -236,7 +279,12 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def _start_tracker(
-    config: ExperimentConfig, folder: str, name: str, state: run_state.RunState | None, training: str
+    config: ExperimentConfig,
+    folder: str,
+    name: str,
+    state: run_state.RunState | None,
+    training: str,
+    parent_run_id: str | None,
 ) -> Any:
     """The tracker as an actor on this node, which lives as long as the driver; nobody waits for MLflow.
 
@@ -257,7 +305,7 @@ def _start_tracker(
     known_run_id = state.mlflow_run_id if state else None
     parameters = flatten(config.model_dump(mode="json"))
     arguments = _tracker_arguments(config, folder)
-    return actor.remote(RunActorSettings(arguments, known_run_id, parameters, config, training))
+    return actor.remote(RunActorSettings(arguments, known_run_id, parameters, config, training, parent_run_id))
 
 
 def _begin_run(
@@ -303,6 +351,7 @@ def _fit(
     weights: InitialWeights | None,
     placement: Placement,
     tracker_name: str,
+    trial: TrialOfSweep | None,
 ) -> Any:
     """Run the workers; Ray Train restarts them from the latest checkpoint when some are lost."""
     import ray.train
@@ -318,6 +367,7 @@ def _fit(
             "initial_weights": weights.path if weights is not None else None,
             "tracker": tracker_name,
             "cpus_for_data": placement.cpus_for_data,
+            "trial": (trial.ledger, trial.number) if trial is not None else None,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=_worker_range(config.scaling),
@@ -346,7 +396,8 @@ def _fit(
     except SystemExit as stopped:  # Ray Train's own handler of Ctrl-C has aborted the run
         raise KeyboardInterrupt from stopped
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if threading.current_thread() is threading.main_thread():  # a trial runs in another, where none was replaced
+            signal.signal(signal.SIGINT, handler)
 
 
 def _worker_range(scaling: ScalingSettings) -> int | tuple[int, int]:
@@ -389,19 +440,29 @@ def _record_checkpoints(tracker: Any, folder: str) -> None:
             tracker.log_folder.remote(checkpoint.path, artifact_path)
 
 
-def _end_run(tracker: Any, status: str, say: Say) -> str | None:
-    """End the MLflow run truthfully; its id, if MLflow ever answered."""
+def _end_run(tracker: Any, status: str, say: Say, shown: bool) -> str | None:
+    """End the MLflow run truthfully, and say what went wrong; its id, if MLflow ever answered.
+
+    Args:
+        tracker: of the run.
+        status: of MLflow.
+        say: takes warnings.
+        shown: whether the user has been told of its notices.
+    """
     import ray
 
     seconds = KILLED_SECONDS if status == "KILLED" else FINISH_SECONDS
     run_id: str | None = None
+    problems: list[str] = []
     try:
         ray.get(tracker.finish.remote(status, seconds), timeout=seconds + 1)
         run_id = ray.get(tracker.run_id.remote(), timeout=5)
         show = tracker.get_progress.options(concurrency_group=SHOW_GROUP)
-        problem = ray.get(show.remote(), timeout=5)["problem"]
+        progress = ray.get(show.remote(), timeout=5)
+        problems = [] if shown else progress["notices"]
+        problems += [progress["problem"]] if progress["problem"] else []
     except (ray.exceptions.RayError, TimeoutError) as error:
-        problem = f"the end of the run could not be recorded ({_last_line(error)})"
-    if problem:
+        problems.append(f"the end of the run could not be recorded ({_last_line(error)})")
+    for problem in problems:
         say(f"warning: {problem}")
     return run_id

@@ -27,6 +27,8 @@ class RunActorSettings:
     config: ExperimentConfig
     training: str
     """Folder of the training shards."""
+    parent_run_id: str | None = None
+    """MLflow run of the sweep, where the run is one of its trials."""
 
 
 class RunActor(Tracker):
@@ -37,7 +39,7 @@ class RunActor(Tracker):
         self._settings = settings
         self._watch = Watch(settings.config.run.hang_minutes * 60)
         self._watch_lock = threading.Lock()
-        self.start(settings.known_run_id, settings.parameters, seconds=0)
+        self.start(settings.known_run_id, settings.parameters, seconds=0, parent_run_id=settings.parent_run_id)
         threading.Thread(target=self._watch_workers, daemon=True).start()
 
     def beat(self, beat: Beat) -> None:

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "train.target_",
     "train.patience",
     "train.evaluate_every_epochs",
+    "train.rpn_recall",
     "train.log_every_steps",
     "train.nonfinite",
     "train.deterministic",

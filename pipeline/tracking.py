@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import logging
 import math
 import os
 import tempfile
@@ -29,7 +30,7 @@ from pipeline.journal import Journal, Record
 NAMESPACE = "mask-rcnn"
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
 BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"
-RUN_TAG, JOURNAL_TAG = "mask_rcnn.run_folder", "mask_rcnn.journal"
+RUN_TAG, JOURNAL_TAG, PARENT_TAG = "mask_rcnn.run_folder", "mask_rcnn.journal", "mlflow.parentRunId"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 10.0
 SERVER_SECONDS = 5.0
@@ -111,10 +112,12 @@ class Tracker:
         self._journal = Journal(journal_folder(run_folder))
         self._journalled: dict[str, set[int]] = {}  # steps, by the first name of their metrics
         self._has_parameters = False
+        self._parent_run_id: str | None = None
         for _, record in self._journal.records():
             if record["kind"] == "metrics":
                 self._journalled.setdefault(next(iter(record["metrics"])), set()).add(record["step"])
             self._has_parameters |= record["kind"] == "parameters"
+            self._parent_run_id = record["run_id"] if record["kind"] == "parent" else self._parent_run_id
         self._held: dict[str, int] = {}  # last step of each metric that a run from before this journal holds
         self._run_id: str | None = None
         self._attached = threading.Event()
@@ -124,13 +127,20 @@ class Tracker:
         self._notices: list[str] = []
         self._progress: dict[str, Any] = {}
 
-    def start(self, run_id: str | None, parameters: Mapping[str, str], seconds: float = 10.0) -> str | None:
+    def start(
+        self,
+        run_id: str | None,
+        parameters: Mapping[str, str],
+        seconds: float = 10.0,
+        parent_run_id: str | None = None,
+    ) -> str | None:
         """Begin or take up the run of this training, and deliver from now on.
 
         Args:
             run_id: of an earlier attempt, or None.
             parameters: the resolved configuration, flat; logged once.
             seconds: to wait at most for MLflow.
+            parent_run_id: of the run that this one is shown in.
 
         Returns:
             Id of the MLflow run, or None where it has not answered so far.
@@ -139,6 +149,9 @@ class Tracker:
         if not self._has_parameters:
             self._has_parameters = True
             self._append({"kind": "parameters", "parameters": dict(parameters)})
+        if parent_run_id is not None and parent_run_id != self._parent_run_id:
+            self._parent_run_id = parent_run_id
+            self._append({"kind": "parent", "run_id": parent_run_id})
         self._append({"kind": "begin"})
         threading.Thread(target=self._deliver_until_closed, daemon=True).start()
         return self.run_id(seconds)
@@ -293,11 +306,7 @@ class Tracker:
     def _attach(self) -> str:
         """The run that the journal goes to: the one known, one with the journal's or the folder's tag, or a new one."""
         client = self._client()
-        experiment = client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            experiment_id = client.create_experiment(self._experiment, artifact_location=self._artifacts_folder)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _experiment_id(client, self._experiment, self._artifacts_folder)
         is_fresh = self._journal.mark.run_id is None
         run = _run_if_there(client, self._journal.mark.run_id or self._known_run_id)
         run = run or _run_with_tag(client, experiment_id, JOURNAL_TAG, self._journal.mark.token)
@@ -352,7 +361,9 @@ class Tracker:
 
         try:
             if record["kind"] == "parameters":
-                self._send_parameters(client, run_id, record["parameters"])
+                _log_parameters(client, run_id, record["parameters"])
+            elif record["kind"] == "parent":
+                client.set_tag(run_id, PARENT_TAG, record["run_id"])
             elif record["kind"] == "begin":
                 client.update_run(run_id, status="RUNNING")
             elif record["kind"] == "end":
@@ -370,13 +381,6 @@ class Tracker:
             what = record.get("name") or record.get("to") or record["kind"]
             self._notices.append(f"MLflow: {what} could not be recorded ({_first_line(error)})")
 
-    def _send_parameters(self, client: Any, run_id: str, parameters: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        items = [Param(key, value[:MAX_PARAMETER_LENGTH]) for key, value in parameters.items()]
-        for start in range(0, len(items), MAX_PARAMETERS_A_CALL):
-            client.log_batch(run_id, params=items[start : start + MAX_PARAMETERS_A_CALL])
-
     def _send_artifact(self, client: Any, run_id: str, record: Record) -> None:
         if record["kind"] == "folder":
             with local_folder(record["folder"]) as folder:
@@ -391,6 +395,20 @@ class Tracker:
             os.symlink(kept, path)
             client.log_artifact(run_id, path, record["to"])
         kept.unlink()
+
+
+def _experiment_id(client: Any, name: str, artifacts_folder: str | None) -> str:
+    """Of the experiment of this name, which is made where there is none."""
+    experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id if experiment else client.create_experiment(name, artifacts_folder))
+
+
+def _log_parameters(client: Any, run_id: str, parameters: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    items = [Param(key, value[:MAX_PARAMETER_LENGTH]) for key, value in parameters.items()]
+    for start in range(0, len(items), MAX_PARAMETERS_A_CALL):
+        client.log_batch(run_id, params=items[start : start + MAX_PARAMETERS_A_CALL])
 
 
 def _run_if_there(client: Any, run_id: str | None) -> Any:
@@ -409,7 +427,8 @@ def _run_if_there(client: Any, run_id: str | None) -> Any:
 
 def _run_with_tag(client: Any, experiment_id: str, tag: str, value: str, further: str | None = None) -> Any:
     """The latest run of an experiment with this tag, None where there is none."""
-    wanted = [f"tags.`{tag}` = '{value.replace(chr(39), '')}'", *([further] if further else [])]
+    quote = '"' if "'" in value else "'"
+    wanted = [f"tags.`{tag}` = {quote}{value}{quote}", *([further] if further else [])]
     return next(iter(client.search_runs([experiment_id], " and ".join(wanted), max_results=1)), None)
 
 
@@ -420,6 +439,98 @@ def _answers(client: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+class SweepRecord:
+    """The MLflow run of a sweep, and what the runs of its trials are told; a failure is said and stops nothing."""
+
+    def __init__(self, uri: str, experiment: str, artifacts_folder: str | None, say: Callable[[str], None]) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells that it makes its tables
+        self._uri, self._experiment, self._artifacts_folder, self._say = uri, experiment, artifacts_folder, say
+
+    def begin(
+        self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None = None
+    ) -> str | None:
+        """Take up a run, or begin one.
+
+        Args:
+            known: id of the run where it was begun before.
+            name: of the run.
+            run_folder: by which a run is found that was begun but not written down; a child also where it has ended.
+            parameters: logged once.
+            parent: run that it is a child of.
+
+        Returns:
+            Its id, None where MLflow cannot be reached.
+        """
+        return self._try(
+            f"{name} could not be recorded", lambda: self._begin(known, name, run_folder, parameters, parent)
+        )
+
+    def _begin(
+        self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None
+    ) -> str:
+        client = self._client()
+        experiment_id = _experiment_id(client, self._experiment, self._artifacts_folder)
+        further = f"tags.`{PARENT_TAG}` = '{parent}'" if parent else "attributes.status = 'RUNNING'"
+        run = _run_if_there(client, known) or _run_with_tag(client, experiment_id, RUN_TAG, run_folder, further)
+        if run is not None:
+            client.update_run(run.info.run_id, status="RUNNING")
+            return str(run.info.run_id)
+        tags = {RUN_TAG: run_folder, **({PARENT_TAG: parent} if parent else {})}
+        run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
+        _log_parameters(client, run_id, parameters)
+        return run_id
+
+    def log_series(self, run_id: str, rows: Sequence[Mapping[str, float]]) -> None:
+        """Record metrics of points, the number of a point as its step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for step, row in enumerate(rows) for name, value in row.items()]
+        for start in range(0, len(metrics), MAX_METRICS_A_CALL):
+            part = metrics[start : start + MAX_METRICS_A_CALL]
+            self._try("metrics could not be recorded", lambda part=part: self._client().log_batch(run_id, metrics=part))
+
+    def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Record small files by their path in the run."""
+        with tempfile.TemporaryDirectory() as scratch:
+            for path, content in files.items():
+                folder, name = os.path.split(path)
+                local = os.path.join(scratch, name)
+                with open(local, "wb") as file:
+                    file.write(content)
+                self.log_file(run_id, local, folder)
+
+    def log_file(self, run_id: str, path: str, folder: str) -> None:
+        """Record a local file in a folder of the run, "" for its top."""
+        self._try(
+            f"{os.path.basename(path)} could not be recorded",
+            lambda: self._client().log_artifact(run_id, path, folder or None),
+        )
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        for key, value in tags.items():
+            self._try("a tag could not be set", lambda k=key, v=value: self._client().set_tag(run_id, k, v[:5000]))
+
+    def end(self, run_id: str, status: str) -> None:
+        """End a run: "FINISHED", "FAILED" or "KILLED"."""
+        self._try("the end could not be recorded", lambda: self._client().set_terminated(run_id, status))
+
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self._uri)
+
+    def _try(self, problem: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # MLflow, its database and the network raise many kinds
+            self._say(f"warning: MLflow at {self._uri}: {problem} ({_first_line(error)})")
+            return None
 
 
 def _first_line(error: Exception) -> str:

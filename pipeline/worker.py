@@ -33,7 +33,7 @@ from pipeline.cluster_metrics import ClusterMetrics
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
 from pipeline.errors import SharedError, UserError
-from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
+from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, proposal_recall, rows_of_worker
 from pipeline.freezing import freeze
 from pipeline.gradient_exchange import adds_in_fixed_order, exchange_gradients, pin_arithmetic
 from pipeline.initial_weights import load_initial_weights
@@ -53,6 +53,7 @@ from pipeline.training import (
     gradient_scaler,
     train_step,
 )
+from pipeline.trials import SweepJudge
 from pipeline.update_guard import UpdateGuard
 from pipeline.watchdog import Pulse, first_beat
 
@@ -105,7 +106,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: config (as from `model_dump`), run_folder, training and validation (folders of shards),
-            initial_weights (file, or None for random ones), tracker (actor name), cpus_for_data.
+            initial_weights (file, or None for random ones), tracker (actor name), cpus_for_data, trial (arguments of
+            `SweepJudge`, None where it is not one of a sweep's).
 
     Returns:
         Of rank 0: the steps done, images_per_second, and the metrics of the last evaluation; or an error that another
@@ -149,6 +151,7 @@ class Worker:
         self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
         self.cpus_for_data: float = settings["cpus_for_data"]
         self.initial_weights: str | None = settings["initial_weights"]
+        self.judge = SweepJudge(*settings["trial"]) if settings["trial"] is not None else None
         run_actor = ray.get_actor(settings["tracker"], namespace=NAMESPACE)
         self.tracker = run_actor if self.rank == 0 else None
         group = ray.train.collective.broadcast_from_rank_zero(uuid.uuid4().hex)
@@ -174,6 +177,7 @@ class Worker:
         self.guard = UpdateGuard(self.config.train.nonfinite)
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.step_metrics: dict[str, float] = {}
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
@@ -211,6 +215,8 @@ class Worker:
         self.bad_steps.skipped = description.skipped_steps
         self.evaluations = description.evaluations
         self.stopped = stop_reason(self.evaluations, self.config.train)
+        if self.judge is not None:
+            self.stopped = self.stopped or self.judge.verdict()
         self.speed_before = description.images_per_second
 
     def _newest_checkpoint(self) -> str | None:
@@ -369,13 +375,13 @@ class Worker:
         for offset, row in enumerate(rows):
             if is_bad(row):
                 self._warn(self.bad_steps.take(first_step + offset, row, self.model, self.scaler, self.step))
-            metrics = {
+            self.step_metrics = {
                 **dict(zip(STEP_METRICS, row, strict=True)),
                 "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
                 "images_per_second": images_per_second,
                 "data_wait_fraction": pace.waited / seconds,
             }
-            to_log.append((first_step + offset + 1, metrics))
+            to_log.append((first_step + offset + 1, self.step_metrics))
         self._log_rows(to_log)
         check_scale(self.scaler, self.step)
         self._show(
@@ -394,23 +400,28 @@ class Worker:
             for buffer in [*self.model.buffers(), *(self.averaged.buffers() if self.averaged else ())]:
                 torch.distributed.broadcast(buffer, src=0)
         rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
-        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype)
+        recall = self.config.train.rpn_recall
+        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype, recall)
         everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
         if self.num_workers > 1:
             torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
         else:
             everything = [seen]
-        message: list[Any] = [None]
+        message: list[Any] = [None, None]  # metrics, and the sweep's reason to stop
         if self.rank == 0:
             assert everything is not None
             together = [entry for part in everything for entry in part]
             manifest = self.validation.manifest
-            message = [average_precision(together, manifest.num_rows, manifest.num_classes)]
+            precision = average_precision(together, manifest.num_rows, manifest.num_classes)
+            message[0] = {**precision, **proposal_recall(together)}
+            if self.judge is not None:
+                is_last = self.step >= self.last_step
+                message[1] = self.judge.judge(self.step, self._epoch(), is_last, {**self.step_metrics, **message[0]})
         if self.num_workers > 1:
             torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
         self.metrics = message[0]
         self.evaluations.append({name: self.metrics[name] for name in JUDGED_METRICS})
-        self.stopped = stop_reason(self.evaluations, self.config.train)
+        self.stopped = stop_reason(self.evaluations, self.config.train) or message[1]
         self._log(self.step, {**self.metrics, "epoch": self._epoch()})
         if self.tracker is not None:
             self._show(evaluated=self.metrics)

@@ -12,6 +12,8 @@ import pipeline.config
 from model.config import Config
 from pipeline.command_line import known_keys, parse
 from pipeline.config import CocoSource, DataSettings, ExperimentConfig
+from pipeline.space_parsing import check_search, parse_space
+from pipeline.sweep_config import SweepConfig, SweepSettings
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
@@ -56,7 +58,7 @@ def test_every_class_is_a_part_of_the_experiment() -> None:
     assert len(config_classes()) > 15
 
 
-@pytest.mark.parametrize("kind", config_classes())
+@pytest.mark.parametrize("kind", [*config_classes(), SweepSettings])
 def test_every_field_says_what_it_is(kind: type[Config]) -> None:
     found = docstrings(kind)
     assert set(found) == set(kind.model_fields)
@@ -156,7 +158,9 @@ def test_there_are_configurations() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration_in_the_tree_is_valid_and_says_what_it_is(path: Path) -> None:
-    parse("A job.", ["--config", str(path)])
+    parsed = parse("A job.", ["--config", str(path)], config_type=SweepConfig).experiment  # jobs/tune.py takes them all
+    if parsed.sweep.space:
+        check_search(parse_space(parsed.sweep.space, parsed.base()), parsed.sweep)
     head = path.read_text().splitlines()[:10]
     assert head[0].startswith("# What:")
     assert any(line.startswith("# Command:") for line in head)

@@ -6,12 +6,12 @@ import pytest
 
 from pipeline.config import ScalingSettings
 from pipeline.errors import Terminated
-from pipeline.launch import _ending_on_sigterm, _starts_while_waiting, _worker_range
+from pipeline.launch import _starts_while_waiting, _worker_range, ending_on_sigterm
 
 
 def test_sigterm_ends_a_training_as_an_interrupt_does() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt) as caught, _ending_on_sigterm():
+    with pytest.raises(KeyboardInterrupt) as caught, ending_on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert isinstance(caught.value, Terminated)
     assert signal.getsignal(signal.SIGTERM) is before
