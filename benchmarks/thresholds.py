@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         model = MaskRCNN(config.model, len(names) + 1)
     else:
         model = load_weights(config, find_weights(config, options.checkpoint), names, say)
-    model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last).eval()
     rows, dtype = range(len(shards)), autocast_dtype(config.train.precision, "cpu")
     num_classes = shards.manifest.num_classes
 

@@ -62,8 +62,7 @@ def test_a_point_becomes_a_configuration() -> None:
     config = apply_point(BASE, point)
     assert config.model.anchors.scales == (4, 8, 16, 32, 64)
     assert config.model.rpn.nms_threshold == 0.6
-    assert config.data.synthetic is not None
-    assert config.data.synthetic.seed == 3
+    assert configured_value(config, "data.synthetic.seed") == 3
     assert apply_point(BASE, {}) == BASE
     assert configured_value(config, "model.anchors.scales") == [4, 8, 16, 32, 64]
     assert configured_value(BASE, "data.synthetic.seed") is None
