@@ -13,9 +13,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CONFIG ?= configs/demo.yaml
 RUNS ?= runs
+MLFLOW_PORT ?= 5000
 PACKAGES := jobs pipeline model
 
-.PHONY: help setup train test lint format types imports check bench submit ui lock clean
+.PHONY: help setup train test lint format types imports check bench submit ui mlflow simulate lock clean
 
 help:  ## list the entries
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -54,6 +55,14 @@ submit: setup  ## the demo as a Ray job: start a head node on the loopback, subm
 ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000
 	@mkdir -p $(RUNS)
 	@$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+
+mlflow: setup  ## MLflow server for jobs of several machines to try: sqlite and files in runs/, http://127.0.0.1:5000
+	@mkdir -p $(RUNS)
+	@$(BIN)/mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
+	  --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db --artifacts-destination $(abspath $(RUNS))/mlflow-artifacts
+
+simulate: setup  ## all jobs through `ray job submit` on two nodes that are simulated on the loopback; minutes
+	@$(BIN)/python -m pytest -m simulation tests/simulation $(ARGS)
 
 lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --extra development --universal --python-version 3.11 --generate-hashes \

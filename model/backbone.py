@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from model.config import BackboneConfig, NormConfig
-from model.norm import make_norm
+from model.norm import convolve, make_norm
 
 _CONSTRUCTORS: dict[int, Callable[..., resnet.ResNet]] = {
     18: resnet.resnet18,
@@ -38,12 +39,25 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalised, H and W multiples of 32, to C2..C5 with strides 4, 8, 16, 32."""
-        x: Tensor = self.stem(images)
+        convolution, norm, _, pooling = self.stem
+        x: Tensor = pooling(F.relu_(convolve(convolution, norm, images)))
         features = []
         for stage in self.stages:
-            x = stage(x)
+            for block in stage:
+                x = _residual(block, x)
             features.append(x)
         return features
+
+
+def _residual(block: nn.Module, x: Tensor) -> Tensor:
+    """What the forward pass of torchvision's block does, with frozen norms folded."""
+    y = F.relu_(convolve(block.conv1, block.bn1, x))
+    y = convolve(block.conv2, block.bn2, y)
+    if isinstance(block, resnet.Bottleneck):
+        y = convolve(block.conv3, block.bn3, F.relu_(y))
+    if block.downsample is not None:
+        x = convolve(block.downsample[0], block.downsample[1], x)
+    return F.relu_(y.add_(x))
 
 
 def _like_keras(body: resnet.ResNet) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.constants import constant
+
 # A predicted size change beyond this factor is a wild early guess; without the limit exp() overflows.
 MAX_LOG_SIZE_RATIO = math.log(1000.0 / 16.0)
 
@@ -74,7 +76,7 @@ def encode_boxes(boxes: Tensor, references: Tensor, delta_scale: Sequence[float]
     size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=smallest)
     shift = ((boxes[..., :2] + boxes[..., 2:]) - (references[..., :2] + references[..., 2:])) / 2
     deltas = torch.cat([shift / reference_size, torch.log(size / reference_size)], dim=-1)
-    return deltas / deltas.new_tensor(delta_scale)
+    return deltas / constant(delta_scale, deltas.device, deltas.dtype)
 
 
 def decode_boxes(deltas: Tensor, references: Tensor, delta_scale: Sequence[float]) -> Tensor:
@@ -88,7 +90,7 @@ def decode_boxes(deltas: Tensor, references: Tensor, delta_scale: Sequence[float
     Returns:
         (..., 4) xyxy in the frame of the references, not clipped.
     """
-    deltas = deltas * deltas.new_tensor(delta_scale)
+    deltas = deltas * constant(delta_scale, deltas.device, deltas.dtype)
     reference_size = references[..., 2:] - references[..., :2]
     centre = (references[..., :2] + references[..., 2:]) / 2 + deltas[..., :2] * reference_size
     size = reference_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SIZE_RATIO))
@@ -115,9 +117,9 @@ def clip_boxes(boxes: Tensor, windows: Tensor) -> Tensor:
 
 def last_pixel_inside(boxes: Tensor) -> Tensor:
     """Boxes with the right and bottom edge moved in by a pixel: the frame of `ModelConfig.boxes: inclusive`."""
-    return boxes - boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return boxes - constant((0.0, 0.0, 1.0, 1.0), boxes.device, boxes.dtype)
 
 
 def last_pixel_outside(boxes: Tensor) -> Tensor:
     """Inverse of `last_pixel_inside`."""
-    return boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return boxes + constant((0.0, 0.0, 1.0, 1.0), boxes.device, boxes.dtype)

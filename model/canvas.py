@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.constants import constant
 
 Position = Literal["top_left", "centre"]
 
@@ -28,7 +29,7 @@ def image_windows(image_sizes: Tensor, canvas: tuple[int, int], position: Positi
     size = image_sizes.flip(-1).float()  # width, height
     offset = torch.zeros_like(size)
     if position == "centre":
-        offset = torch.floor((size.new_tensor([canvas[1], canvas[0]]) - size) / 2)
+        offset = torch.floor((constant((canvas[1], canvas[0]), size.device) - size) / 2)
     return torch.cat([offset, offset + size], dim=1)
 
 
@@ -50,8 +51,8 @@ def normalise(images: Tensor, windows: Tensor, config: ModelConfig) -> Tensor:
         windows: (B, 4) xyxy in input pixels.
         config: mean, standard deviation, padding.
     """
-    mean = torch.tensor([255.0 * value for value in config.pixel_mean], device=images.device)[:, None, None]
-    std = torch.tensor([255.0 * value for value in config.pixel_std], device=images.device)[:, None, None]
+    mean = constant([255.0 * value for value in config.pixel_mean], images.device)[:, None, None]
+    std = constant([255.0 * value for value in config.pixel_std], images.device)[:, None, None]
     x = (images.float() - mean) / std
     if config.padding == "mean":
         left, top, right, bottom = windows[:, :, None].unbind(dim=1)  # (B, 1)

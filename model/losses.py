@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.boxes import decode_boxes, generalized_iou
+from model.constants import constant
 
 Normalizer = Literal["image", "batch", "positives"]
 LOSS_NAMES = ("rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss")
@@ -34,7 +35,7 @@ def _smooth_l1(
     GIoU does not change when both boxes are moved and stretched alike, so any reference box does.
     """
     if giou_delta_scale is not None:
-        reference = deltas.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(deltas)
+        reference = constant((0.0, 0.0, 1.0, 1.0), deltas.device, deltas.dtype).expand_as(deltas)
         boxes = decode_boxes(deltas, reference, giou_delta_scale)
         return 1 - generalized_iou(boxes, decode_boxes(target_deltas, reference, giou_delta_scale))
     return F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=beta).sum(dim=-1)
@@ -54,7 +55,7 @@ def _mean(
 
 def _image_index(rows: Tensor) -> Tensor:
     """(B * S,) image of each of the flattened rows (B, S)."""
-    return torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+    return torch.arange(rows.shape[0], device=rows.device)[:, None].expand(rows.shape[:2]).flatten()
 
 
 def rpn_class_loss(logits: Tensor, positive: Tensor, valid: Tensor, normalizer: Normalizer = "image") -> Tensor:

@@ -45,6 +45,10 @@ class MaskHead(nn.Module):
         x = regions
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = torch.relu(apply_norm(norm, convolution(x), valid))
-        logits: Tensor = self.mask_logits(torch.relu(self.upsampling(x)))  # (N, num_classes, 2 * pool, 2 * pool)
-        index = classes[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-        return logits.gather(1, index)[:, 0].float()
+        x = torch.relu(self.upsampling(x))
+        # Of the 1x1 convolution to num_classes maps the one that is wanted: a product with the class's own weights.
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, cells, channels)
+        assert self.mask_logits.bias is not None
+        weight, bias = self.mask_logits.weight.flatten(1)[classes], self.mask_logits.bias[classes]
+        logits = torch.bmm(cells, weight[:, :, None])[:, :, 0] + bias[:, None]
+        return logits.reshape(-1, *x.shape[2:]).float()

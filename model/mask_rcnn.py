@@ -14,12 +14,13 @@ from model.box_head import BoxHead
 from model.boxes import encode_boxes, last_pixel_inside, last_pixel_outside
 from model.canvas import image_windows, move_to_windows, normalise
 from model.config import ModelConfig, RpnConfig
+from model.constants import constant
 from model.fpn import FeaturePyramid
 from model.mask_head import MaskHead
 from model.mask_targets import crop_mask_targets
 from model.postprocess import select_detections
 from model.proposals import propose
-from model.roi_align import pyramid_roi_align
+from model.roi_align import as_pooled, pyramid_roi_align
 from model.rpn import RegionProposalNetwork
 from model.structures import Batch, Detections
 from model.targets import RegionTargets, match_anchors, sample_anchors, sample_regions
@@ -57,6 +58,7 @@ class MaskRCNN(nn.Module):
 
         proposals, valid = self.propose(rpn_logits, rpn_deltas, anchors, windows, canvas)
         batch = replace(batch, boxes=self.to_frame(batch.boxes))
+        pyramid = as_pooled(pyramid[:4], self.config.roi)
         targets = sample_regions(proposals, valid, batch, self.config)
         mrcnn_class_loss, mrcnn_bbox_loss = self._box_losses(pyramid, targets, batch)
         mrcnn_mask_loss = self._mask_loss(pyramid, targets, batch, windows)
@@ -143,7 +145,7 @@ class MaskRCNN(nn.Module):
         if not self.training:
             number, top_k = config.proposals_inference, config.pre_nms_top_k_inference or top_k
         if config.clip_to == "canvas":
-            windows = windows.new_tensor([0, 0, canvas[1], canvas[0]]).expand_as(windows)
+            windows = constant((0, 0, canvas[1], canvas[0]), windows.device, windows.dtype).expand_as(windows)
         counts = [len(level) for level in anchors]
         boxes = self.to_frame(torch.cat(anchors))
         return propose(rpn_logits, rpn_deltas, boxes, counts, self.to_frame(windows), config, top_k, number)
@@ -269,8 +271,9 @@ def _slots(valid: Tensor) -> tuple[Tensor, Tensor]:
     if valid.device.type == "cpu":
         image_index, slot = torch.nonzero(valid, as_tuple=True)
         return image_index, slot
-    image_index = torch.arange(valid.shape[0], device=valid.device).repeat_interleave(valid.shape[1])
-    return image_index, torch.arange(valid.shape[1], device=valid.device).repeat(valid.shape[0])
+    image_index = torch.arange(valid.shape[0], device=valid.device)[:, None].expand_as(valid)
+    slot = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    return image_index.flatten(), slot.flatten()
 
 
 def _rows_to_mask(valid: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from model.boxes import last_pixel_inside
+from model.nms import has_kernels
 from model.structures import Batch
 
 TargetKind = Literal["thresholded", "soft", "crop_and_resize"]
@@ -61,6 +62,18 @@ def crop_mask_targets(
         inside = inside_y[:, :, None] & inside_x[:, None, :]
         return ((mask.interpolate(y, x) > 0.5) & inside).float()
     window = windows[image_index]  # (P, 4)
+    if kind == "soft" and has_kernels(regions.device):
+        from model.mask_target_kernels import covered_shares
+
+        size_xy = torch.stack([mask.width, mask.height], dim=1)
+        of_region = torch.stack(
+            [_position(regions[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
+        )
+        of_window = torch.stack(
+            [_position(window[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
+        )
+        sizes = size_xy.flip(1)
+        return covered_shares(batch.mask_bits, mask.first_bit, sizes, of_region.flatten(1), of_window.flatten(1), size)
     if kind == "soft":
         return torch.stack(
             [_covered_share(mask, row, mask_box[row], window[row], regions[row], size) for row in range(len(regions))]

@@ -1,8 +1,12 @@
-"""Non-maximum suppression with a result of fixed size."""
+"""Non-maximum suppression with a result of fixed size: torchvision's operator, or one scan of all groups on a GPU."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
@@ -23,5 +27,36 @@ def kept_by_nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thresh
         keep = nms(boxes + away[:, None], scores, iou_threshold)
     else:
         keep = batched_nms(boxes, scores, groups, iou_threshold)
-    # A wait for the device: nms returns as many as are kept. (The other one of a step is in `pyramid_roi_align`.)
+    # On a GPU a wait for the device: nms returns as many as are kept.
     return torch.zeros_like(scores).scatter(0, keep, 1.0) > 0
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the scan of many groups at once runs here: on a GPU for which torch has brought Triton along."""
+    return (
+        device.type == "cuda" and not torch.compiler.is_exporting() and importlib.util.find_spec("triton") is not None
+    )
+
+
+def kept_by_batched_nms(boxes: Tensor, scores: Tensor, group_sizes: Sequence[int], iou_threshold: float) -> Tensor:
+    """(B, N) bool: boxes of B images that no better one of their image and group overlaps by more than the threshold.
+
+    Args:
+        boxes: (B, N, 4) xyxy: groups one after the other, in each the best first. A box without area overlaps nothing.
+        scores: (B, N); of equal ones the first is the better.
+        group_sizes: boxes of each group; they add up to N.
+        iou_threshold: strictly more than this is dropped.
+    """
+    if has_kernels(boxes.device):
+        from model.nms_kernels import kept_in_groups
+
+        most = max(group_sizes)
+        padded = [F.pad(group, (0, 0, 0, most - group.shape[1])) for group in boxes.split(list(group_sizes), dim=1)]
+        groups = torch.stack(padded, dim=1).flatten(0, 1)  # (B * groups, most, 4)
+        kept = kept_in_groups(groups, iou_threshold).reshape(boxes.shape[0], len(group_sizes), most)
+        return torch.cat([kept[:, group, :size] for group, size in enumerate(group_sizes)], dim=1)
+    groups = None
+    if len(group_sizes) > 1:
+        groups = torch.cat([torch.full((size,), group, device=boxes.device) for group, size in enumerate(group_sizes)])
+    kept = [kept_by_nms(boxes[image], scores[image], groups, iou_threshold) for image in range(boxes.shape[0])]
+    return torch.stack(kept)

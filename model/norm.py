@@ -61,13 +61,45 @@ class FrozenStatisticsNorm(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
+class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """torchvision's frozen norm, which can also be folded into the convolution before it."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps=eps)
+        self._folded: tuple[tuple[object, ...], Tensor, Tensor] | None = None
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(channels,) each: the norm of x is x * scale + shift. Kept until a buffer changes."""
+        if torch.compiler.is_compiling():
+            return self._scale_and_shift()
+        state = tuple((buffer.data_ptr(), buffer._version) for buffer in self.buffers())
+        if self._folded is None or self._folded[0] != state:
+            self._folded = (state, *self._scale_and_shift())
+        return self._folded[1:]
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+
+def convolve(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """A convolution and the norm after it; a frozen norm becomes part of the weight, and costs no pass over the map."""
+    if not isinstance(norm, FrozenNorm):
+        y: Tensor = norm(convolution(x))
+        return y
+    scale, shift = norm.scale_and_shift()
+    if convolution.bias is not None:
+        shift = shift + scale * convolution.bias
+    weight = convolution.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, convolution.stride, convolution.padding)
+
+
 def make_norm(kind: NormKind, channels: int, epsilon: float = 1e-5) -> nn.Module:
     """Norm layer for (N, channels, H, W) by its configuration name."""
     if kind == "batch":
         return RowBatchNorm(channels, eps=epsilon)
     if kind == "frozen":
-        frozen: nn.Module = FrozenBatchNorm2d(channels, eps=epsilon)
-        return frozen
+        return FrozenNorm(channels, epsilon)
     if kind == "frozen_statistics":
         return FrozenStatisticsNorm(channels, eps=epsilon)
     if kind == "group":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.boxes import clip_boxes, decode_boxes
 from model.config import RpnConfig
-from model.nms import kept_by_nms
+from model.nms import kept_by_batched_nms
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def propose(
     """
     scores = class_logits[..., 1] - class_logits[..., 0]  # monotonic in the softmax probability
     groups = list(anchors_per_level) if config.per_level else [sum(anchors_per_level)]
-    top, level = _top_of_groups(scores, groups, pre_nms_top_k)
+    top, sizes = _top_of_groups(scores, groups, pre_nms_top_k)
     top_scores = scores.gather(1, top)
     deltas = box_deltas.gather(1, top[..., None].expand(-1, -1, 4))
     boxes = clip_boxes(decode_boxes(deltas, anchors[top], config.delta_scale), windows)
@@ -54,13 +54,7 @@ def propose(
     large_enough = ((boxes[..., 2:] - boxes[..., :2]) >= config.min_size).all(dim=2)
     boxes = torch.where(large_enough[..., None], boxes, 0.0)
     top_scores = torch.where(large_enough, top_scores, float("-inf"))
-    groups_of_nms = level if config.per_level else None
-    kept = torch.stack(
-        [
-            kept_by_nms(boxes[image], top_scores[image], groups_of_nms, config.nms_threshold)
-            for image in range(boxes.shape[0])
-        ]
-    )
+    kept = kept_by_batched_nms(boxes, top_scores, sizes, config.nms_threshold)
     ranked_scores = torch.where(kept & large_enough, top_scores, float("-inf"))
     best_scores, best = ranked_scores.topk(min(num_proposals, boxes.shape[1]), dim=1)
     valid = best_scores > float("-inf")
@@ -69,13 +63,11 @@ def propose(
     return F.pad(proposals, (0, 0, 0, missing)), F.pad(valid, (0, missing))
 
 
-def _top_of_groups(scores: Tensor, groups: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
-    """Index (B, N) of the best scored of each group of consecutive columns, and its group (N,)."""
-    index, group_of = [], []
+def _top_of_groups(scores: Tensor, groups: Sequence[int], most: int) -> tuple[Tensor, list[int]]:
+    """Index (B, N) of the best scored of each group of consecutive columns, the best first, and how many of each."""
+    index = []
     first = 0
-    for group, count in enumerate(groups):
-        best = scores[:, first : first + count].topk(min(most, count), dim=1).indices
-        index.append(best + first)
-        group_of.append(torch.full((best.shape[1],), group, device=scores.device))
+    for count in groups:
+        index.append(scores[:, first : first + count].topk(min(most, count), dim=1).indices + first)
         first += count
-    return torch.cat(index, dim=1), torch.cat(group_of)
+    return torch.cat(index, dim=1), [best.shape[1] for best in index]

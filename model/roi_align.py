@@ -10,9 +10,11 @@ from torchvision.ops import roi_align
 
 from model.boxes import box_area
 from model.config import RoiConfig
+from model.constants import constant
 from model.weighted_cells import SamplePositions, has_sparse_product, weighted_cells
 
 SAMPLES_PER_SIDE = 2  # in every bin of ROIAlign, so four samples a bin
+FAR_OUTSIDE = -1e6  # input pixels
 
 
 def pyramid_levels(boxes: Tensor, config: RoiConfig, canvas: tuple[int, int]) -> Tensor:
@@ -60,30 +62,38 @@ def pyramid_roi_align(
         (N, channels, pool_size, pool_size) float32.
     """
     levels = pyramid_levels(boxes, config, canvas)
-    exporting = torch.compiler.is_exporting()
-    if config.pooling == "crop_and_resize" or (has_sparse_product(boxes.device) and not exporting):
+    if _by_weighted_cells(boxes.device, config):
         positions = _sample_positions(pyramid, boxes, levels, pool_size, config, canvas)
         return weighted_cells(pyramid, positions, image_index, levels, pool_size)
-    regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)  # (N, 5)
-    output = pyramid[0].new_zeros(boxes.shape[0], pyramid[0].shape[1], pool_size, pool_size, dtype=torch.float32)
-    everything = torch.arange(boxes.shape[0], device=boxes.device)
-    for level, features in enumerate(pyramid):
-        # On a GPU a wait for the device. An exported model has no sizes that depend on the data: all regions of each.
-        rows = everything if exporting else torch.nonzero(levels == level).flatten()
-        # Also with no rows: every level then stays part of the graph, which data-parallel training relies on.
+    image = image_index[:, None].to(boxes.dtype)
+    output = pyramid[0].new_zeros((), dtype=torch.float32)
+    for level, features in enumerate(as_pooled(pyramid, config)):
+        # All regions from each level, with no size that depends on the data and so without a wait for a GPU; those of
+        # other levels are read far outside of it, which costs next to nothing and gives 0. Every level stays part of
+        # the graph in this way, which data-parallel training relies on.
+        corners = torch.where((levels == level)[:, None], boxes, FAR_OUTSIDE)
         pooled = roi_align(
-            features.float(),
-            regions[rows],
+            features,
+            torch.cat([image, corners], dim=1),
             pool_size,
             1.0 / (4 * 2**level),
             SAMPLES_PER_SIDE,
             aligned=config.pooling == "aligned",
         )
-        if exporting:
-            output = torch.where((levels == level)[:, None, None, None], pooled, output)
-        else:
-            output = output.index_copy(0, rows, pooled)
+        output = output + pooled
     return output
+
+
+def as_pooled(pyramid: Sequence[Tensor], config: RoiConfig) -> list[Tensor]:
+    """Levels in the type and the memory format that they are pooled from, so that several poolings share one copy."""
+    if _by_weighted_cells(pyramid[0].device, config):
+        return list(pyramid)
+    return [level.to(torch.float32, memory_format=torch.contiguous_format) for level in pyramid]
+
+
+def _by_weighted_cells(device: torch.device, config: RoiConfig) -> bool:
+    """Else by torchvision's operator."""
+    return config.pooling == "crop_and_resize" or (has_sparse_product(device) and not torch.compiler.is_exporting())
 
 
 def _sample_positions(
@@ -95,12 +105,13 @@ def _sample_positions(
     canvas: tuple[int, int],
 ) -> SamplePositions:
     """Where the features are read, in cells of the region's level; cell 0 has its centre at 0."""
-    starts, ends = boxes[:, [1, 0]], boxes[:, [3, 2]]  # (N, 2) down, across
+    starts, ends = boxes[:, :2].flip(1), boxes[:, 2:].flip(1)  # (N, 2) down, across
     if config.pooling == "crop_and_resize":
-        last_cell = torch.tensor([[level.shape[2] - 1, level.shape[3] - 1] for level in pyramid], device=boxes.device)
-        last_cell = last_cell[levels]
+        last_row = constant([level.shape[2] - 1 for level in pyramid], boxes.device, torch.int64)
+        last_column = constant([level.shape[3] - 1 for level in pyramid], boxes.device, torch.int64)
+        last_cell = torch.stack([last_row[levels], last_column[levels]], dim=1)
         # Shares of the canvas, and TensorFlow's order of operations: whether a sample on the border counts hangs on it.
-        whole = boxes.new_tensor([canvas[0] - 1, canvas[1] - 1])
+        whole = constant((canvas[0] - 1, canvas[1] - 1), boxes.device, boxes.dtype)
         starts, ends = (starts / whole).float(), (ends / whole).float()
         steps = torch.arange(pool_size, device=boxes.device)
         down, across = _along(starts * last_cell, (ends - starts) * last_cell / (pool_size - 1), steps)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.constants import constant
+
 
 @dataclass(frozen=True)
 class SamplePositions:
@@ -68,9 +70,10 @@ def _cells_of_bins(
 ) -> tuple[Tensor, Tensor]:
     """For every bin its cells, as (bins, K) rows of the cell matrix, and their weights (bins, K)."""
     device = levels.device
-    sizes = torch.tensor([level.shape[2:] for level in pyramid], device=device)  # (levels, 2) rows, columns
-    counts = torch.tensor([level.shape[0] * level.shape[2] * level.shape[3] for level in pyramid], device=device)
-    height, width = sizes[levels].unbind(dim=1)  # (N,)
+    heights = constant([level.shape[2] for level in pyramid], device, torch.int64)
+    widths = constant([level.shape[3] for level in pyramid], device, torch.int64)
+    height, width = heights[levels], widths[levels]  # (N,)
+    counts = pyramid[0].shape[0] * heights * widths
     first_cell = (counts.cumsum(0) - counts)[levels] + image_index * height * width
     y, weight_y = _neighbours(positions.down, height, pool_size, positions)
     x, weight_x = _neighbours(positions.across, width, pool_size, positions)

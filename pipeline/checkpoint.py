@@ -234,7 +234,7 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
 
     Args:
         reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), or the
-            id of an MLflow run (likewise).
+            id of an MLflow run (likewise), or models:/NAME@ALIAS or models:/NAME/VERSION of MLflow's registry.
         storage_path: where runs are.
         mlflow_uri: tracking server or store of an MLflow run; by default the sqlite file in storage_path.
 
@@ -251,9 +251,14 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         from pipeline.tracking import default_uri, download_checkpoint
 
         return download_checkpoint(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
+    if reference.startswith("models:"):
+        from pipeline.registry import download_registered
+        from pipeline.tracking import default_uri
+
+        return download_registered(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     raise UserError(
         f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
-        "nor the id of an MLflow run"
+        "nor the id of an MLflow run, nor models:/NAME@ALIAS"
     )
 
 

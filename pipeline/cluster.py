@@ -13,6 +13,9 @@ from typing import Any
 from pipeline.config import ScalingSettings
 from pipeline.errors import UserError
 
+# Ray on Linux takes the machine's outside address and listens to the network, and so does gloo; so set, both take the
+# loopback.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 MIN_CPUS_FOR_DATA = 1
 MIN_LOCAL_WORKERS = 2
 
@@ -27,19 +30,47 @@ class Placement:
     """CPUs left for Ray Data; with none it would wait for ever, without an error."""
 
 
-def connect(debug: bool, concurrent_trials: int = 1, dashboard: bool = False) -> None:
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has, and may come to have."""
+
+    nodes: list[dict[str, float]]
+    """Resources of every node that is alive."""
+    autoscaler: bool
+    """Whether something may add nodes."""
+    most: dict[str, float] | None
+    """The largest resources that the autoscaler may bring, None where it does not tell."""
+
+    def num_that_fit(self, resources: dict[str, float]) -> int:
+        """Workers that the nodes can hold at once; a worker never spans nodes."""
+        return _num_that_fit(self.nodes, resources)
+
+    def total(self, name: str) -> float:
+        """Of a resource, over all nodes."""
+        return sum(node.get(name, 0.0) for node in self.nodes)
+
+
+def capacity() -> Capacity:
+    """Of the cluster that Ray runs on."""
+    return Capacity(_nodes(), _has_autoscaler(), _most_that_autoscaler_brings())
+
+
+def connect(debug: bool, reads_data: bool = True, concurrent_trials: int = 1, dashboard: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (set in a submitted job), or start Ray on this machine.
 
     A local Ray counts one CPU more than there are: reading data takes little, and workers would leave it none.
 
     Args:
         debug: show Ray's own messages and those of the workers.
+        reads_data: whether Ray Data, whose import takes seconds, will be used.
         concurrent_trials: of a sweep; each reads data of its own.
         dashboard: start it with a local Ray; without it Ray Train does not clean up after a trial that was killed.
     """
     root = str(Path(__file__).resolve().parents[1])
     # Read when Ray starts or by Ray Train in the driver, so set before the import.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(LOOPBACK_ONLY)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     import ray
 
@@ -51,7 +82,7 @@ def connect(debug: bool, concurrent_trials: int = 1, dashboard: bool = False) ->
     else:
         num_cpus = local_cpus() + (concurrent_trials - 1) * MIN_CPUS_FOR_DATA
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **quiet)
-    if not debug:
+    if not debug and reads_data:
         _quiet_data()
 
 
@@ -125,11 +156,6 @@ def _wait_for_nodes(
             time.sleep(2)
     finally:
         _request([])  # a request holds until it is replaced, and would keep the nodes after the run
-
-
-def node_resources() -> list[dict[str, float]]:
-    """Resources of every node that is alive."""
-    return _nodes()
 
 
 def _nodes() -> list[dict[str, float]]:

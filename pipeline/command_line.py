@@ -62,6 +62,7 @@ def parse(
     arguments: Sequence[str],
     extra: dict[str, str] | None = None,
     optional: dict[str, str] | None = None,
+    flags: dict[str, str] | None = None,
     config_type: type[ExperimentConfig] = ExperimentConfig,
 ) -> SimpleNamespace:
     """Parse a job's command line.
@@ -71,6 +72,7 @@ def parse(
         arguments: without the program's name.
         extra: further required options of the job (`--checkpoint`) and their help.
         optional: further options that may be left out, which are None then.
+        flags: further options without a value, which are True or False, and their help.
         config_type: of `experiment`, for jobs whose configuration has more sections.
 
     Returns:
@@ -96,6 +98,8 @@ def parse(
         parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
     for name, help_text in (optional or {}).items():
         parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
+    for name, help_text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
     for name, field in config_type.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
@@ -114,7 +118,7 @@ def parse(
     if print_config:  # not the parser's own, which cannot write lists of sources
         say(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).rstrip())
         sys.exit(0)
-    further = {name: values[name] for name in (*(extra or {}), *(optional or {}))}
+    further = {name: values[name] for name in (*(extra or {}), *(optional or {}), *(flags or {}))}
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
 
 

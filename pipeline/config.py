@@ -5,7 +5,9 @@ The same names stand in YAML files, on the command line (`--optim.learning_rate 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +16,24 @@ from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, Positi
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
+
+
+# `scheme://user:password@host`, `s3://key:secret@bucket`, `?secret_key=...`
+_SECRET = re.compile(
+    r"://[^/?@\s]*:[^/?@\s]*@|[?&][^=&]*(?:secret|password|token|access_key|signature)[^=&]*=", re.IGNORECASE
+)
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a configuration, with the full name of its key."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, key)
+    elif isinstance(values, str):
+        yield key, values
 
 
 class CocoSource(Config):
@@ -328,6 +348,17 @@ class ExperimentConfig(Config):
     def global_batch_size(self) -> int:
         """Images a step over all workers."""
         return self.train.batch_size_per_worker * self.train.accumulation_steps * self.scaling.num_workers
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for key, value in _texts(self.model_dump(mode="json")):
+            if _SECRET.search(value):  # the value is not shown
+                raise ValueError(
+                    f"{key} has a password or key in its address, which would end up in MLflow, checkpoints and logs; "
+                    "give it in the environment of all nodes (MLFLOW_TRACKING_USERNAME and _PASSWORD, "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by the nodes' role"
+                )
+        return self
 
     @model_validator(mode="after")
     def _frozen_layers_keep_their_statistics(self) -> Self:

@@ -16,13 +16,14 @@ from pipeline import run_state, storage
 from pipeline.checkpoint import read_description
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
+from pipeline.doctor import check_at_start
 from pipeline.errors import UserError
 from pipeline.initial_weights import InitialWeights
 from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
-from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten
+from pipeline.tracking import BEST_CHECKPOINT, LAST_CHECKPOINT, NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten
 from pipeline.worker import make_plan, total_steps, train_worker
 
 Say = Callable[[str], None]
@@ -85,7 +86,11 @@ def train(
     folder = run_state.run_folder(config)
     shards, validation = ShardSet(data.training), ShardSet(data.validation)
     _check_data(config, shards, validation)
-    placement = trial.placement if trial is not None else place_workers(config.scaling, say)
+    if trial is not None:
+        placement = trial.placement
+    else:
+        placement = place_workers(config.scaling, say)
+        check_at_start(config, say)
     state = run_state.read_run(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
@@ -97,6 +102,7 @@ def train(
     tracker_name = f"tracker-{uuid.uuid4().hex}"
     tracker = _start_tracker(config, folder, tracker_name, trial)
     run_id = _begin_run(tracker, config, state, folder, shards, validation)
+    _say_link(tracker, say)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
@@ -118,6 +124,24 @@ def train(
         raise
     finally:
         _end_run(tracker, status, say)
+
+
+def register(config: ExperimentConfig, name: str, summary: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Put the best checkpoint of a finished run into the registry.
+
+    Returns:
+        What the job adds to its summary.
+
+    Raises:
+        UserError: MLflow does not know the run, or refuses.
+    """
+    from pipeline import registry
+
+    state = run_state.read_run(run_state.run_folder(config))
+    digest = state.validation_digest if state is not None else ""
+    registered = registry.register(tracking_uri(config), name, summary["mlflow_run_id"], summary["segm_AP"], digest)
+    say(registered.line)
+    return {"registered": f"models:/{name}/{registered.version}", "champion": registered.champion}
 
 
 def _length(config: ExperimentConfig) -> str:
@@ -212,6 +236,14 @@ def _begin_run(
     return run_id
 
 
+def _say_link(tracker: Any, say: Say) -> None:
+    """Where a person sees the run."""
+    import ray
+
+    if (link := ray.get(tracker.link.remote())) is not None:
+        say(f"mlflow: {link}")
+
+
 def _fit(
     config: ExperimentConfig,
     data: PreparedData,
@@ -296,8 +328,8 @@ def _record_artifacts(tracker: Any, config: ExperimentConfig, shards: ShardSet, 
     import ray
 
     for checkpoint, artifact_path in (
-        (_best_checkpoint(result), "best_checkpoint"),
-        (result.checkpoint, "last_checkpoint"),
+        (_best_checkpoint(result), BEST_CHECKPOINT),
+        (result.checkpoint, LAST_CHECKPOINT),
     ):
         with checkpoint.as_directory() as folder:
             ray.get(tracker.log_folder.remote(folder, artifact_path))

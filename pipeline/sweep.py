@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline import cluster, prepare, run_state, storage
 from pipeline.cluster import Placement
+from pipeline.doctor import check_at_start
 from pipeline.errors import UserError
 from pipeline.launch import TrialOfSweep, tracking_uri
 from pipeline.preflight import REPORT
@@ -57,7 +58,7 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     base, folder = config.base(), run_state.run_folder(config)
     of_shards = shard_knobs(space)
     checked = [(point, prepare.check(apply_point(base, point), say)) for point in of_shards.points()]
-    cluster.connect(debug, concurrent_trials(config), dashboard=True)
+    cluster.connect(debug, concurrent_trials=concurrent_trials(config), dashboard=True)
     data = {point_key(point): prepare.write(apply_point(base, point), entry, say) for point, entry in checked}
     candidates = read_advice(checked[0][1].folder)
     space = with_advice(space, candidates, base)
@@ -116,7 +117,8 @@ def share_cluster(config: SweepConfig, say: Say) -> tuple[int, Placement]:
         UserError: not even one fits, now and ever, or not as many as asked for.
     """
     alone = cluster.place_workers(config.scaling, say)
-    nodes = cluster.node_resources()
+    check_at_start(config.base(), say)
+    nodes = cluster.capacity().nodes
     return trial_placement(nodes, config.scaling.num_workers, alone, config.sweep.max_concurrent_trials)
 
 

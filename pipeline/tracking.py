@@ -6,24 +6,30 @@ Workers send it rows and go on; a thread of its own writes them in batches.
 
 from __future__ import annotations
 
+import base64
+import importlib.metadata
 import logging
 import math
 import os
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.findings import Finding, fix, well
 
 NAMESPACE = "mask-rcnn"
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
+BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"
 RUN_TAG = "mask_rcnn.run_folder"
 PARENT_TAG = "mlflow.parentRunId"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
+SERVER_SECONDS = 5.0
 MAX_PENDING = 200_000  # metrics kept while a server is away
 MAX_METRICS_A_CALL = 1000  # MLflow's limit
 MARK_METRICS = ("loss", "segm_AP")  # the last steps of these say what a run holds already
@@ -40,6 +46,34 @@ def default_uri(storage_path: str) -> str:
             f"run.storage_path {storage_path} cannot hold MLflow's sqlite file; name a server with --run.mlflow_uri"
         )
     return f"sqlite:///{os.path.abspath(storage_path)}/mlflow.db"
+
+
+def server_finding(uri: str) -> Finding:
+    """Whether MLflow can be used: its server answers and is of our version, or a sqlite file is on this node's disk."""
+    ours = importlib.metadata.version("mlflow")  # importing it would take seconds
+    if not uri.startswith(("http://", "https://")):
+        return well("mlflow", f"{uri}, on the driver's node (MLflow {ours})")
+    try:
+        request = urllib.request.Request(f"{uri.rstrip('/')}/version", headers=_credentials())
+        with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
+            theirs = answer.read(100).decode().strip()
+    except (OSError, ValueError) as error:
+        return fix(
+            "mlflow", f"{uri} does not answer ({_first_line(error)}); see to run.mlflow_uri, or start the server"
+        )
+    if theirs.split(".")[0] != ours.split(".")[0]:
+        return fix("mlflow", f"{uri} is MLflow {theirs}, here it is {ours}; give the server the same major version")
+    return well("mlflow", f"{uri} answers, MLflow {theirs} there and {ours} here")
+
+
+def _credentials() -> dict[str, str]:
+    """Of the environment, as MLflow's own client sends them."""
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        both = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        return {"Authorization": f"Basic {base64.b64encode(both.encode()).decode()}"}
+    return {}
 
 
 class Tracker:
@@ -115,6 +149,19 @@ class Tracker:
         folder = self._run_folder.replace("'", "")
         runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{folder}' and attributes.status = 'RUNNING'")
         return [run.info.run_id for run in runs[:1]]
+
+    def link(self) -> str | None:
+        """Where a person sees the run, None where there is none."""
+        if self._run_id is None:
+            return None
+        try:
+            experiment_id = self._client().get_run(self._run_id).info.experiment_id
+        except Exception:  # a server that is away for the moment; the tracker tells when it stays away
+            return None
+        place = f"/#/experiments/{experiment_id}/runs/{self._run_id}"
+        if self._uri.startswith(("http://", "https://")):
+            return self._uri.rstrip("/") + place
+        return f"http://127.0.0.1:5000{place} after `make mlflow`"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step; steps that the run holds already (it was resumed) are left out."""
@@ -343,7 +390,7 @@ def download_checkpoint(run_id: str, uri: str) -> str:
 
     client = MlflowClient(uri)
     folder = tempfile.mkdtemp(prefix="checkpoint-")
-    for artifact_path in ("best_checkpoint", "last_checkpoint"):
+    for artifact_path in (BEST_CHECKPOINT, LAST_CHECKPOINT):
         try:
             if client.list_artifacts(run_id, artifact_path):
                 return str(client.download_artifacts(run_id, artifact_path, folder))

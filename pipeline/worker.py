@@ -24,6 +24,7 @@ from pipeline.checkpoint import (
     read_description,
     write_checkpoint,
 )
+from pipeline.cluster_metrics import ClusterMetrics
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
 from pipeline.errors import UserError
@@ -141,6 +142,7 @@ class Worker:
         self.tracker = ray.get_actor(settings["tracker"], namespace=NAMESPACE) if self.rank == 0 else None
         self.judge = SweepJudge(*settings["trial"]) if settings.get("trial") else None
 
+        self.cluster_metrics = ClusterMetrics(self.config.run.name)
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
         self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
@@ -400,6 +402,7 @@ class Worker:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.tracker is not None:
             self.tracker.log.remote(step, metrics)
+            self.cluster_metrics.show(step, metrics)
 
     def _show(self, **news: Any) -> None:
         """Tell the driver where the training is."""

@@ -1,0 +1,1 @@
+"""Speed and memory, measured: one script a claim."""
