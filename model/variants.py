@@ -103,7 +103,9 @@ def _union(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     together = torch.cat(list(parts))
     first, inverse = unique_rows(together.cpu().numpy())
     places = torch.from_numpy(inverse).to(together.device)
-    return list(places.split([len(part) for part in parts])), together[torch.from_numpy(first).to(together.device)]
+    return list(torch.split(places, [len(part) for part in parts])), together[
+        torch.from_numpy(first).to(together.device)
+    ]
 
 
 def unique_rows(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -128,7 +130,7 @@ def _box_head(
     model: MaskRCNN, features: list[Tensor], regions: Tensor, canvas: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     parts = []
-    for some in regions.split(REGIONS_A_PASS):
+    for some in torch.split(regions, REGIONS_A_PASS):
         first_image = torch.zeros(len(some), dtype=torch.int64, device=some.device)
         parts.append(model.box_head(model.pool(features, some, first_image, model.config.box_head.pool_size, canvas)))
     class_logits, box_deltas = zip(*parts, strict=True)
@@ -140,7 +142,8 @@ def _mask_head(
 ) -> Tensor:
     """Mask probabilities (N, M, M)."""
     parts = []
-    for some, of_classes in zip(boxes.split(REGIONS_A_PASS), classes.split(REGIONS_A_PASS), strict=True):
+    passes = torch.split(boxes, REGIONS_A_PASS), torch.split(classes, REGIONS_A_PASS)
+    for some, of_classes in zip(*passes, strict=True):
         first_image = torch.zeros_like(of_classes)
         pooled = model.pool(features, some, first_image, model.config.mask_head.pool_size, canvas)
         parts.append(model.mask_head(pooled, of_classes).sigmoid())

@@ -80,4 +80,5 @@ def pairwise_iou(boxes: FloatArray, others: FloatArray) -> FloatArray:
     intersection = corners.clip(min=0).prod(axis=2)
     areas = [np.prod(sides[:, 2:] - sides[:, :2], axis=1) for sides in (boxes, others)]
     union = areas[0][:, None] + areas[1][None] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    iou: FloatArray = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    return iou

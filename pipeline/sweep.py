@@ -64,7 +64,6 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     space = with_advice(space, candidates, base)
     starts = start_points(config, space, candidates)
     number, placement = share_cluster(config, say)
-    check_at_start(base, say)
     num_classes = read_manifest(next(iter(data.values())).training).num_classes
     check_disk(folder, disk_bytes(base, space, config.sweep, number, num_classes), say)
     num_workers = config.scaling.num_workers
@@ -118,6 +117,7 @@ def share_cluster(config: SweepConfig, say: Say) -> tuple[int, Placement]:
         UserError: not even one fits, now and ever, or not as many as asked for.
     """
     alone = cluster.place_workers(config.scaling, say)
+    check_at_start(config.base(), say)
     nodes = cluster.capacity().nodes
     return trial_placement(nodes, config.scaling.num_workers, alone, config.sweep.max_concurrent_trials)
 

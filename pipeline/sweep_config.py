@@ -88,7 +88,7 @@ class SweepConfig(ExperimentConfig):
 
     @model_validator(mode="after")
     def _objectives_fit_the_training(self) -> Self:
-        wanted = {self.sweep.objective, self.sweep.early_objective} & set(RECALL_OBJECTIVES)
+        wanted = [name for name in RECALL_OBJECTIVES if name in (self.sweep.objective, self.sweep.early_objective)]
         if wanted and not self.train.rpn_recall:
-            raise ValueError(f"sweep.objective {', '.join(sorted(wanted))} needs train.rpn_recall true")
+            raise ValueError(f"sweep.objective {', '.join(wanted)} needs train.rpn_recall true")
         return self

@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline import storage
@@ -465,9 +466,10 @@ class SweepRecord:
         Returns:
             Its id, None where MLflow cannot be reached.
         """
-        return self._try(
-            f"{name} could not be recorded", lambda: self._begin(known, name, run_folder, parameters, parent)
+        run_id: str | None = self._try(
+            f"{name} could not be recorded", partial(self._begin, known, name, run_folder, parameters, parent)
         )
+        return run_id
 
     def _begin(
         self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None
@@ -492,7 +494,7 @@ class SweepRecord:
         metrics = [Metric(name, value, now, step) for step, row in enumerate(rows) for name, value in row.items()]
         for start in range(0, len(metrics), MAX_METRICS_A_CALL):
             part = metrics[start : start + MAX_METRICS_A_CALL]
-            self._try("metrics could not be recorded", lambda part=part: self._client().log_batch(run_id, metrics=part))
+            self._try("metrics could not be recorded", partial(self._call, "log_batch", run_id, metrics=part))
 
     def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
         """Record small files by their path in the run."""
@@ -506,19 +508,20 @@ class SweepRecord:
 
     def log_file(self, run_id: str, path: str, folder: str) -> None:
         """Record a local file in a folder of the run, "" for its top."""
-        self._try(
-            f"{os.path.basename(path)} could not be recorded",
-            lambda: self._client().log_artifact(run_id, path, folder or None),
-        )
+        problem = f"{os.path.basename(path)} could not be recorded"
+        self._try(problem, partial(self._call, "log_artifact", run_id, path, folder or None))
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
         for key, value in tags.items():
-            self._try("a tag could not be set", lambda k=key, v=value: self._client().set_tag(run_id, k, v[:5000]))
+            self._try("a tag could not be set", partial(self._call, "set_tag", run_id, key, value[:5000]))
 
     def end(self, run_id: str, status: str) -> None:
         """End a run: "FINISHED", "FAILED" or "KILLED"."""
-        self._try("the end could not be recorded", lambda: self._client().set_terminated(run_id, status))
+        self._try("the end could not be recorded", partial(self._call, "set_terminated", run_id, status))
+
+    def _call(self, name: str, *arguments: Any, **more: Any) -> Any:
+        return getattr(self._client(), name)(*arguments, **more)
 
     def _client(self) -> Any:
         from mlflow import MlflowClient

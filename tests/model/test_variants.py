@@ -36,7 +36,7 @@ def vary(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate(settings)
 
 
-def make_model(**changes: object) -> MaskRCNN:
+def make_model(**changes: Any) -> MaskRCNN:
     """With random weights, but with opinions: a fresh model gives every region the same scores."""
     torch.manual_seed(0)
     model = MaskRCNN(tiny_config(**changes), 3).eval()
