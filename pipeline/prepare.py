@@ -146,8 +146,14 @@ def _shards_alone(folder: str) -> CheckedData | None:
     return CheckedData(folder, ClassMap(read_manifest(folders["training"]).class_names), **splits)
 
 
-def write(config: ExperimentConfig, checked: CheckedData, say: Say) -> PreparedData:
-    """Write the shards that are not there yet, and the report; Ray has to be running.
+def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: bool = True) -> PreparedData:
+    """Write the shards that are not there yet, and the report; Ray has to be running, unless all is done here.
+
+    Args:
+        config: data, run.storage_path, and model.anchors for the report.
+        checked: from `check`.
+        say: takes lines for a person to read.
+        on_cluster: False does it in this process, and compares no shards that are there already.
 
     Raises:
         UserError: images that cannot be used, or a shard that is damaged; no half-made data set is left behind.
@@ -156,10 +162,10 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say) -> PreparedD
     for split in (checked.training, checked.validation):
         if split.is_there:
             say(f"data: {split.name} shards are there: {read_manifest(split.folder).num_rows} images in {split.folder}")
-            if config.data.verify_shards:
+            if config.data.verify_shards and on_cluster:
                 verify_shards(split.folder, _progress_lines(f"comparing {split.name} shards", "shards", say))
         else:
-            manifest = _write_split(config, checked, split, say)
+            manifest = _write_split(config, checked, split, say, on_cluster)
             say(f"data: wrote {split.name} shards: {manifest.num_rows} images to {split.folder}")
         if storage.exists(storage.join(split.folder, preflight.FINDINGS)):  # shards may be brought without them
             findings.append(read_findings(split.folder))
@@ -274,7 +280,9 @@ def _findings(
     return Findings(report, tiles, quarantined, nothing if objects is None else objects)
 
 
-def _write_split(config: ExperimentConfig, checked: CheckedData, split: CheckedSplit, say: Say) -> Manifest:
+def _write_split(
+    config: ExperimentConfig, checked: CheckedData, split: CheckedSplit, say: Say, on_cluster: bool
+) -> Manifest:
     existed = storage.exists(split.folder)
     contents = Contents(
         checked.class_map.names,
@@ -288,7 +296,12 @@ def _write_split(config: ExperimentConfig, checked: CheckedData, split: CheckedS
     try:
         show = _progress_lines(f"{split.name} shards", "images", say)
         written = write_shards(
-            split.folder, split.records, contents, (counts[0], counts[1]), lambda done: show(done, len(split.records))
+            split.folder,
+            split.records,
+            contents,
+            (counts[0], counts[1]),
+            lambda done: show(done, len(split.records)),
+            on_cluster,
         )
     except Exception as error:
         if not existed:

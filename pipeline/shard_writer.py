@@ -72,6 +72,7 @@ def write_shards(
     contents: Contents,
     quarantined_before: tuple[int, int] = (0, 0),
     on_progress: Callable[[int], None] = lambda _: None,
+    on_cluster: bool = True,
 ) -> Written:
     """Write records as shards, then the manifest; shards of the same records and images are left as they are.
 
@@ -83,6 +84,7 @@ def write_shards(
         contents: see there.
         quarantined_before: images and annotations of the same files that are left out already.
         on_progress: called with the number of images done.
+        on_cluster: in Ray Data tasks; else in this process, one shard after the other, to the same bytes.
 
     Raises:
         UserError: a problem with the policy `error`; nothing but complete shards is left, and no manifest.
@@ -91,7 +93,8 @@ def write_shards(
     wanted = list(records)
     left_out: list[Problem] = []
     while True:
-        results = sorted(_run_tasks(folder, wanted, contents, on_progress), key=lambda result: result.first_row)
+        tasks = _run_tasks(folder, wanted, contents, on_progress, on_cluster)
+        results = sorted(tasks, key=lambda result: result.first_row)
         unusable = [problem for result in results for problem in result.left_out]
         problems = left_out + unusable + [problem for result in results for problem in result.problems]
         raise_errors("", sorted(problems, key=lambda problem: problem.reason))
@@ -189,11 +192,13 @@ class _Result:
 
 
 def _run_tasks(
-    folder: str, records: Sequence[ImageRecord], contents: Contents, on_progress: Callable[[int], None]
+    folder: str,
+    records: Sequence[ImageRecord],
+    contents: Contents,
+    on_progress: Callable[[int], None],
+    on_cluster: bool,
 ) -> Iterator[_Result]:
     """What `_write_shard` says of every shard, in the order in which they get done."""
-    import ray.data
-
     if not records:
         return
     tables = []
@@ -201,14 +206,8 @@ def _run_tasks(
         chunk = records[first : first + contents.rows_per_shard]
         rows = list(range(first, first + len(chunk)))
         tables.append(pa.table({"row": rows, "record": [record.to_json() for record in chunk]}))
-    dataset = ray.data.from_arrow(tables).map_batches(
-        _write_shard,
-        fn_kwargs={"folder": folder, "contents": contents},
-        batch_size=None,
-        batch_format="pyarrow",
-    )
     done = 0
-    for row in dataset.iter_rows():
+    for row in (_rows_from_cluster if on_cluster else _rows_from_here)(tables, folder, contents):
         result = json.loads(row["result"])
         done += result["num_records"]
         on_progress(done)
@@ -219,6 +218,23 @@ def _run_tasks(
             [Problem(**problem) for problem in result["problems"]],
             np.frombuffer(row["objects"], dtype=np.float64).reshape(-1, 7),
         )
+
+
+def _rows_from_cluster(tables: Sequence[Any], folder: str, contents: Contents) -> Iterator[dict[str, Any]]:
+    import ray.data
+
+    dataset = ray.data.from_arrow(list(tables)).map_batches(
+        _write_shard,
+        fn_kwargs={"folder": folder, "contents": contents},
+        batch_size=None,
+        batch_format="pyarrow",
+    )
+    yield from dataset.iter_rows()
+
+
+def _rows_from_here(tables: Sequence[Any], folder: str, contents: Contents) -> Iterator[dict[str, Any]]:
+    for table in tables:
+        yield from _write_shard(table, folder, contents).to_pylist()
 
 
 def _write_shard(table: Any, folder: str, contents: Contents) -> Any:

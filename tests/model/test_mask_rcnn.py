@@ -101,16 +101,18 @@ class TestTraining:
         torch.testing.assert_close(model(batch), expected, rtol=1e-4, atol=1e-5)
         assert alone[2]["mrcnn_mask_loss"] == alone[2]["mrcnn_bbox_loss"] == alone[2]["rpn_bbox_loss"] == 0
 
+    @pytest.mark.usefixtures("everything_in_float64")
     def test_accumulation_over_images_gives_the_gradient_of_the_batch(self) -> None:
         model = make_model().train()
         batch = make_batch(scenes())
+        batch = replace(batch, boxes=batch.boxes.double())
         together = gradients(model, batch)
         alone = [gradients(model, take_images(batch, [i])) for i in range(3)]
         for name, gradient in together.items():
             expected = torch.stack([g[name] for g in alone]).mean(dim=0)
             # Sums in another order: relative to the largest number of the tensor.
-            tolerance = 1e-4 * float(gradient.abs().max())
-            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=tolerance)
+            tolerance = 1e-7 * float(gradient.abs().max())
+            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=tolerance)
 
     def test_order_of_the_images_does_not_matter(self) -> None:
         model = make_model().train()

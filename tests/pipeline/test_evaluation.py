@@ -273,20 +273,30 @@ def test_classes_that_a_source_has_not_labelled_are_left_out(prepared: Prepared,
     assert_same_metrics(average_precision(rows, 21, 4), reference(tmp_path / "both.json", tmp_path / "results.json"))
 
 
-@pytest.mark.cluster
-@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="the small piece of COCO is not there")
-def test_numbers_on_coco_are_those_of_pycocotools(local_ray: None, tmp_path: Path) -> None:
-    annotations = COCO_MINI / "annotations" / "instances_val.json"
-    file = read_coco_file(CocoSource(annotations=str(annotations)), str(COCO_MINI))
+def shards_of(data: Path, split: str, folder: Path) -> ShardSet:
+    """Shards of a whole annotation file of real images."""
+    annotations = data / "annotations" / f"instances_{split}.json"
+    file = read_coco_file(CocoSource(annotations=str(annotations)), str(data))
     class_map = unite_classes([file])
     class_of_category, active = classes_of_source(file, class_map)
     category_of_class = {class_id: category for category, class_id in class_of_category.items()}
     checked = check_records(file, 0, class_map, PolicySettings(), None)
     assert checked.quarantined == []
     source = Source(file.path, tuple(active), tuple(category_of_class[class_id] for class_id in active))
-    folder = str(tmp_path / "shards")
-    write_shards(folder, checked.records, Contents(class_map.names, [source], row_settings([(256, 256)]), 32))
-    shards = ShardSet(folder)
+    write_shards(str(folder), checked.records, Contents(class_map.names, [source], row_settings([(256, 256)]), 32))
+    return ShardSet(str(folder))
+
+
+def truth_as_results(annotations: list[Json]) -> list[Json]:
+    kept = ("image_id", "category_id", "bbox", "segmentation")
+    return [{**{key: a[key] for key in kept}, "score": 0.5} for a in annotations if not a["iscrowd"]]
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="the small piece of COCO is not there")
+def test_numbers_on_coco_are_those_of_pycocotools(local_ray: None, tmp_path: Path) -> None:
+    annotations = COCO_MINI / "annotations" / "instances_val.json"
+    shards = shards_of(COCO_MINI, "val", tmp_path / "shards")
     rows = evaluated(shards)
     assert (len(rows), sum(len(row.annotations) for row in rows)) == (91, 1002)
     assert sum(annotation["iscrowd"] for row in rows for annotation in row.annotations) == 20
@@ -295,6 +305,37 @@ def test_numbers_on_coco_are_those_of_pycocotools(local_ray: None, tmp_path: Pat
     found = average_precision(rows, 91, 81)
     assert_same_metrics(found, reference(annotations, tmp_path / "results.json"))
     assert all(0.02 < value < 0.98 for value in found.values())
+
+    itself = [
+        EvaluatedRow(row.row, row.height, row.width, row.annotations, truth_as_results(row.annotations)) for row in rows
+    ]
+    content = json.loads(annotations.read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    of_file = truth_as_results(content["annotations"])
+    for result in of_file:
+        result["segmentation"] = coco_mask.encode(
+            np.asfortranarray(rasterise(result["segmentation"], *sizes[result["image_id"]]), dtype=np.uint8)
+        )
+        result["segmentation"]["counts"] = result["segmentation"]["counts"].decode()
+    (tmp_path / "results.json").write_text(json.dumps(of_file))
+    assert_same_metrics(average_precision(itself, 91, 81), reference(annotations, tmp_path / "results.json"))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("split", "num_images", "num_objects"), [("train", 120, 2454), ("val", 40, 880)])
+def test_ground_truth_against_itself_through_shards_is_perfect(
+    local_ray: None, tmp_path: Path, split: str, num_images: int, num_objects: int
+) -> None:
+    if not (SHARED_DATA / "nuclei").is_dir():
+        pytest.skip(f"no nuclei below {SHARED_DATA}")
+    shards = shards_of(SHARED_DATA / "nuclei", split, tmp_path / "shards")
+    rows = []
+    for values in shards.read_rows(range(len(shards))):
+        truth = ground_truth(values)
+        rows.append(EvaluatedRow(values["row"], values["height"], values["width"], truth, truth_as_results(truth)))
+    assert sum(len(row.results) for row in rows) == num_objects
+    for name, value in average_precision(rows, num_images, 2).items():
+        assert value == pytest.approx(1.0, abs=1e-9) or (name.endswith("large") and value == -1), name
 
 
 class WholeImage(nn.Module):

@@ -270,6 +270,9 @@ def test_written_again_are_the_same_bytes(local_ray: None, tmp_path: Path) -> No
     write(tmp_path / "one", records)
     write(tmp_path / "two", records)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    contents = Contents(CLASS_NAMES, SOURCES, row_settings(), rows_per_shard=3)
+    write_shards(str(tmp_path / "here"), records, contents, on_cluster=False)
+    assert tree(tmp_path / "one") == tree(tmp_path / "here")
 
 
 @pytest.mark.cluster
