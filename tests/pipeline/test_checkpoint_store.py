@@ -159,6 +159,18 @@ def test_the_best_and_the_latest_are_kept(
     assert sorted(os.listdir(store.run_folder)) == [f"checkpoint-{step:07d}" for step in expected]
 
 
+def test_all_can_be_removed_and_nothing_else(store: CheckpointStore) -> None:
+    store.remove_all()  # of a run that never began
+    first = commit(store, 10, segm_AP=0.5)
+    commit(store, 20)
+    truncate(Path(first, MODEL_FILE))
+    Path(store.run_folder, "checkpoint-0000030").mkdir()  # half written by an earlier version
+    Path(store.run_folder, ".unfinished-checkpoint-0000040").mkdir()
+    Path(store.run_folder, "trial.json").write_text("{}")
+    store.remove_all()
+    assert os.listdir(store.run_folder) == ["trial.json"]
+
+
 def test_of_equals_the_later_is_the_best_and_none_without_an_evaluation(store: CheckpointStore) -> None:
     for step, metrics in ((1, {"segm_AP": 0.0}), (2, {"segm_AP": 0.0}), (3, {})):
         commit(store, step, **metrics)

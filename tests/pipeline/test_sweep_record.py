@@ -1,12 +1,20 @@
 """What MLflow is told of a sweep: once, and never at the cost of the sweep."""
 
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking import PARENT_TAG, SweepRecord, default_uri
+from pipeline.cluster import Placement
+from pipeline.config import ExperimentConfig, RunSettings
+from pipeline.launch import TrialOfSweep
+from pipeline.sweep_result import record_trial
+from pipeline.sweep_state import Parent
+from pipeline.tracking import PARENT_TAG, SweepRecord, Tracker, default_uri
+from pipeline.trial import SweepOfTrials
+from pipeline.trials import Trial
 
 
 def test_a_parent_and_its_children(tmp_path: Path) -> None:
@@ -38,6 +46,32 @@ def test_a_parent_and_its_children(tmp_path: Path) -> None:
     assert of_child.data.tags[PARENT_TAG] == parent
     assert of_child.data.tags["sweep.reason"] == "out of memory"
     assert len(client.search_runs([run.info.experiment_id])) == 2
+    assert said == []
+
+
+def test_an_ended_trial_has_one_run(tmp_path: Path) -> None:
+    """Recorded twice, with and without the journal of its training."""
+    uri, said = default_uri(str(tmp_path)), list[str]()
+    record = SweepRecord(uri, "mask-rcnn", (tmp_path / "artifacts").as_uri(), said.append)
+    parent_id = record.begin(None, "sweep", str(tmp_path / "sweep"), {})
+    base = ExperimentConfig(run=RunSettings(mlflow_uri=uri, mlflow_experiment="mask-rcnn")).model_dump(mode="json")
+    of_trial = TrialOfSweep(0, "ledger", Placement(False, {"CPU": 1.0}, 1.0), parent_id)
+    sweep = SweepOfTrials(base, str(tmp_path / "sweep"), {}, (), "ledger", of_trial, "/")
+    trial = Trial(0, {"optim.learning_rate": 0.1}, "failed", "loss = nan")
+    folder = tmp_path / "sweep" / trial.name
+    tracker = Tracker(uri, "mask-rcnn", trial.name, str(folder), None)
+    run_id = tracker.start(None, {"optim.learning_rate": "0.1"}, seconds=60, parent_run_id=parent_id)
+    tracker.finish("FAILED")
+    record_trial(trial, sweep, Parent(record, parent_id), "segm_AP", said.append)
+    shutil.rmtree(folder)  # the sweep goes on on another machine
+    record_trial(trial, sweep, Parent(record, parent_id), "segm_AP", said.append)
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_run(str(parent_id)).info.experiment_id])
+    children = [run for run in runs if run.data.tags.get(PARENT_TAG) == parent_id]
+    assert [run.info.run_id for run in children] == [run_id]
+    assert (children[0].info.status, children[0].data.tags["sweep.reason"]) == ("FAILED", "loss = nan")
+    assert len(runs) == 2
     assert said == []
 
 

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking import Tracker, default_uri, download_checkpoint, flatten, journal_folder
+from pipeline.tracking import PARENT_TAG, Tracker, default_uri, download_checkpoint, flatten, journal_folder
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +97,25 @@ def test_a_resumed_run_is_taken_up_and_logs_no_step_twice(uri: str, tmp_path: Pa
     assert steps_of(uri, run_id, "epoch") == [3, 4]
     run = MlflowClient(uri).get_run(run_id)
     assert (run.info.status, run.data.params, run.data.metrics["loss"]) == ("FINISHED", {"seed": "3"}, 9.0)
+
+
+def test_a_child_is_told_of_its_parent_from_the_journal(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow is away while a trial runs; who delivers later knows the run's folder alone."""
+    with monkeypatch.context() as away:
+        away.setattr(Tracker, "_deliver", lambda *_: False)
+        tracker = make_tracker(uri, tmp_path)
+        assert tracker.start(None, {}, seconds=0, parent_run_id="f" * 32) is None
+        tracker.finish("FAILED", seconds=0)
+    later = make_tracker(uri, tmp_path)
+    later.deliver(60)
+    run = MlflowClient(uri).get_run(str(later.run_id()))
+    assert (run.data.tags[PARENT_TAG], run.info.status) == ("f" * 32, "FAILED")
+    again = make_tracker(uri, tmp_path)
+    assert again.start(None, {}, seconds=60, parent_run_id="f" * 32) == run.info.run_id
+    again.finish("FINISHED")
+    assert [record["kind"] for _, record in again._journal.records()].count("parent") == 1, "told once"
 
 
 def test_a_run_from_before_its_journal_is_taken_up_and_logs_no_step_twice(uri: str, tmp_path: Path) -> None:

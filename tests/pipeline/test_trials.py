@@ -111,6 +111,14 @@ def test_reasons_say_the_numbers(tmp_path: Path, clock: Clock) -> None:
     assert ledger.take_news() == []
 
 
+def test_what_a_trial_tells_is_news(tmp_path: Path, clock: Clock) -> None:
+    ledger = make_ledger(tmp_path, clock)
+    begin(ledger), begin(ledger)
+    ledger.take_news()
+    ledger.tell(1, "warning: worker 0 hangs")
+    assert ledger.take_news() == ["trial-0001: warning: worker 0 hangs"]
+
+
 def test_the_last_evaluation_stops_nobody(tmp_path: Path, clock: Clock) -> None:
     ledger = make_ledger(tmp_path, clock)
     first, second = begin(ledger), begin(ledger)
