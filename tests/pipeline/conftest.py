@@ -1,10 +1,12 @@
 """Fixtures of the tests of the pipeline."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from pipeline.prepare import prepare
+from pipeline.tracking import default_uri
 from tests.pipeline.factories import Prepared, experiment, two_sources
 
 
@@ -14,6 +16,16 @@ def no_progress_lines() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.prepare.PROGRESS_SECONDS", float("inf"))
         yield
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, which take seconds to make; to be copied."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    MlflowClient(default_uri(str(folder))).search_experiments()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

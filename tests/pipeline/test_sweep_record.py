@@ -17,8 +17,14 @@ from pipeline.trial import SweepOfTrials
 from pipeline.trials import Trial
 
 
-def test_a_parent_and_its_children(tmp_path: Path) -> None:
-    uri, said = default_uri(str(tmp_path)), list[str]()
+@pytest.fixture
+def uri(new_database: Path, tmp_path: Path) -> str:
+    shutil.copy(new_database, tmp_path)
+    return default_uri(str(tmp_path))
+
+
+def test_a_parent_and_its_children(uri: str, tmp_path: Path) -> None:
+    said: list[str] = []
     record = SweepRecord(uri, "experiment", (tmp_path / "artifacts").as_uri(), said.append)
     parameters = {f"knob{number}": "1" for number in range(250)}
     parent = record.begin(None, "sweep", "/runs/it's", parameters)
@@ -49,9 +55,9 @@ def test_a_parent_and_its_children(tmp_path: Path) -> None:
     assert said == []
 
 
-def test_an_ended_trial_has_one_run(tmp_path: Path) -> None:
+def test_an_ended_trial_has_one_run(uri: str, tmp_path: Path) -> None:
     """Recorded twice, with and without the journal of its training."""
-    uri, said = default_uri(str(tmp_path)), list[str]()
+    said: list[str] = []
     record = SweepRecord(uri, "mask-rcnn", (tmp_path / "artifacts").as_uri(), said.append)
     parent_id = record.begin(None, "sweep", str(tmp_path / "sweep"), {})
     base = ExperimentConfig(run=RunSettings(mlflow_uri=uri, mlflow_experiment="mask-rcnn")).model_dump(mode="json")

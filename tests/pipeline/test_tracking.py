@@ -16,14 +16,6 @@ from pipeline.errors import UserError
 from pipeline.tracking import PARENT_TAG, Tracker, default_uri, download_checkpoint, flatten, journal_folder
 
 
-@pytest.fixture(scope="session")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, which take seconds to make."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    MlflowClient(default_uri(str(folder))).search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def uri(new_database: Path, tmp_path: Path) -> str:
     shutil.copy(new_database, tmp_path)
