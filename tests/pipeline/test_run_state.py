@@ -78,7 +78,7 @@ def test_folder_of_a_run(tmp_path: Path) -> None:
         {"train": {"evaluate_every_epochs": 2, "log_every_steps": 3}},
         {"train": {"batch_size_per_worker": 4}, "scaling": {"num_workers": 1}},  # together 4, as before
         {"train": {"batch_size_per_worker": 1}, "scaling": {"num_workers": 4, "accelerator": "cpu"}},
-        {"checkpoints": {"every_minutes": 1, "every_epochs": 2, "keep": 5}},
+        {"checkpoints": {"every_minutes": 1, "every_epochs": 2, "keep_last": 5}},
         {"data": {"root": "/elsewhere", "shards": "/shards", "object_store_megabytes": 64}},
         {"run": {"mlflow_uri": "http://127.0.0.1:5000", "max_failures": 0}},
     ],
