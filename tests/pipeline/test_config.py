@@ -122,7 +122,7 @@ def test_configuration_is_frozen() -> None:
         {"optim": {"momentum": 1.0}},
         {"optim": {"name": "adam"}},
         {"augment": {"horizontal_flip": 1.5}},
-        {"checkpoints": {"keep": 1}},
+        {"checkpoints": {"keep_last": 1}},
         {"data": {"canvases": []}},
         {"data": {"canvases": [[100, 128]]}},
         {"data": {"canvases": [[0, 128]]}},
