@@ -44,6 +44,7 @@ from pipeline.training import (
     autocast_dtype,
     check_finite,
     compress_gradients,
+    data_parallel_options,
     gradient_scaler,
     train_step,
 )
@@ -191,7 +192,10 @@ class Worker:
             return
         import ray.train.torch
 
-        parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
+        options = data_parallel_options(self.config.train.accumulation_steps)
+        parallel: nn.Module = ray.train.torch.prepare_model(
+            self.model, move_to_device=False, parallel_strategy_kwargs=options
+        )
         compress_gradients(parallel, self.config.train.gradient_compression)
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
