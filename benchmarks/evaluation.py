@@ -127,8 +127,8 @@ def main() -> None:
         for name, row in raw.items()
     ]
     title = (
-        f"evaluation of {num_images} images, {num_images * options.detections} detections, {CLASSES} classes, boxes and "
-        f"masks, CPU time; largest difference of the 24 numbers {difference:.0e}"
+        f"evaluation of {num_images} images, {num_images * options.detections} detections, {CLASSES} classes, boxes "
+        f"and masks, CPU time; largest difference of the 24 numbers {difference:.0e}"
     )
     columns = ["evaluator", "s", "times as fast", "MB more", "MB in all"]
     show(Table("evaluation", title, columns, rows, {"runs": raw}), options.json)
