@@ -33,7 +33,7 @@ from model.config import ModelConfig
 from model.folded import folded
 from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
-from model.postprocess import to_original
+from model.postprocess import select_detections, to_original
 from model.structures import Batch
 
 BATCH_SIZE, DETECTIONS = 2, 100
@@ -91,15 +91,12 @@ def our_run(model: MaskRCNN, batch: Batch, proposals: Tensor, dtype: torch.dtype
     canvas = (int(batch.images.shape[2]), int(batch.images.shape[3]))
     model = folded(model, dtype)
     given = given_detections(batch)
-    from model import mask_rcnn
-
-    choose = mask_rcnn.select_detections
 
     def run() -> list[Rle]:
         with (
             peers.in_type(dtype, batch.images.device),
             peers.given_proposals(model, proposals),
-            mock.patch.object(mask_rcnn, "select_detections", lambda *a: (choose(*a), given)[1]),
+            mock.patch("model.mask_rcnn.select_detections", lambda *a: (select_detections(*a), given)[1]),
         ):
             found = model.detect(batch.images, batch.image_sizes)
         moved = [to_original(one, canvas, canvas, model.config) for one in found]

@@ -252,6 +252,7 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
     return {
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
+        "step_seconds": {name: round(value, 5) for name, value in result.return_value["step_seconds"].items()},
         "steps": result.return_value["steps"],
         "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def compress_gradients(model: nn.Module, compression: str) -> None:
         model.register_comm_hook(None, hooks[compression])
 
 
-def data_parallel_options(accumulation_steps: int) -> dict[str, bool]:
+def data_parallel_options(accumulation_steps: int) -> dict[str, Any]:
     """How DistributedDataParallel exchanges gradients.
 
     They are views into the buckets that are sent, so that nothing is copied and no second 176 MB (ResNet-50) are held.

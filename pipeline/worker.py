@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, rows_of_worker
 from pipeline.freezing import freeze
 from pipeline.initial_weights import load_initial_weights
+from pipeline.ledger import StepLedger
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
@@ -158,6 +159,7 @@ class Worker:
         self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
         self.gloo = self._object_group()
+        self.ledger: StepLedger | None = None
 
     def restore(self) -> None:
         """Go on from the latest checkpoint that Ray Train knows of, else begin with the run's initial weights."""
@@ -197,6 +199,7 @@ class Worker:
             self.model, move_to_device=False, parallel_strategy_kwargs=options
         )
         compress_gradients(parallel, self.config.train.gradient_compression)
+        ledger = self.ledger = StepLedger(parallel, self.optimizer, self.device)
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
@@ -206,7 +209,8 @@ class Worker:
         batches = self._batches()
         while self.step < self.last_step and not self.stopped:
             waiting_since = time.monotonic()
-            of_step = [self._on_device(next(batches)) for _ in range(self.config.train.accumulation_steps)]
+            passes = range(self.config.train.accumulation_steps)
+            of_step = [ledger.next_batch(self.step, batches, self._on_device) for _ in passes]
             pace.waited += time.monotonic() - waiting_since
             fetched.append(self._train_step(parallel, of_step))
             if self.averaged is not None and self.config.optim.ema_decay is not None:
@@ -235,6 +239,7 @@ class Worker:
         return {
             "steps": self.step,
             "images_per_second": round(self._speed(), 2),
+            "step_seconds": self.ledger.means() if self.ledger is not None else {},
             "metrics": self.metrics,
             "stopped": self.stopped,
         }
@@ -300,6 +305,7 @@ class Worker:
         images_per_second = pace.steps * self.config.global_batch_size / seconds
         rows = values.tolist()
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
+        step_seconds = self.ledger.means() if self.ledger is not None else {}
         for offset, row in enumerate(rows):
             check_finite(row, first_step + offset)
             self._log(
@@ -309,6 +315,7 @@ class Worker:
                     "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
                     "images_per_second": images_per_second,
                     "data_wait_fraction": pace.waited / seconds,
+                    **step_seconds,
                 },
             )
         self._show(
