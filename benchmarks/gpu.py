@@ -140,11 +140,12 @@ def run_parts(options: argparse.Namespace, folder: Path, deadline: float) -> lis
     """
     rows_file = folder / "rows.jsonl"
     cores = sorted(os.sched_getaffinity(0))
-    others, beside = set(cores), []
+    others = set(cores)
+    beside: list[Running] = []
     if not options.no_cpu and len(cores) > len(CPU_SIZES) + 1:
         for size, core in zip(CPU_SIZES, cores[-len(CPU_SIZES) :], strict=True):
-            arguments = ("--size", str(size), "--rounds", "4", "--json", str(folder / f"cpu_{size}.json"))
-            beside.append(start(f"cpu_{size}", ("benchmarks/train_step.py", *arguments), folder, {core}))
+            sizes = ("--size", str(size), "--rounds", "4", "--json", str(folder / f"cpu_{size}.json"))
+            beside.append(start(f"cpu_{size}", ("benchmarks/train_step.py", *sizes), folder, {core}))
             others.discard(core)
     ended: list[dict[str, Any]] = []
     (options.out / "gpu.log").write_text("")

@@ -123,7 +123,7 @@ class Models:
         step = peers.our_step(self.ours, batch, peers.make_proposals(batch, self.positives), HALF)
         with FlopCounterMode(display=False) as counter:
             step()
-        return counter.get_total_flops() / 1e12
+        return float(counter.get_total_flops()) / 1e12
 
     def finite(self) -> Row:
         """Whether the timed steps meant something."""
@@ -181,7 +181,7 @@ def phases(options: argparse.Namespace, report: Callable[[Row], None]) -> None:
 
     def timed(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             result = run(*arguments, **options)
             end.record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +40,17 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalised, H and W multiples of 32, to C2..C5 with strides 4, 8, 16, 32."""
-        convolution, norm, _, pooling = self.stem
-        x: Tensor = pooling(F.relu_(convolve(convolution, norm, images)))
+        convolution, norm, _, pooling = self.stem.children()
+        x: Tensor = pooling(F.relu_(convolve(cast(nn.Conv2d, convolution), norm, images)))
         features = []
         for stage in self.stages:
-            for block in stage:
+            for block in stage.children():
                 x = _residual(block, x)
             features.append(x)
         return features
 
 
-def _residual(block: nn.Module, x: Tensor) -> Tensor:
+def _residual(block: Any, x: Tensor) -> Tensor:
     """What the forward pass of torchvision's block does, with frozen norms folded."""
     y = F.relu_(convolve(block.conv1, block.bn1, x))
     y = convolve(block.conv2, block.bn2, y)

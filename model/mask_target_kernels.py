@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _bit(content, first_bit, row, column, height, width):  # type: ignore[no-untyped-def]
     """Pixels of a mask as float32, 0 outside of its box."""
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -17,7 +17,7 @@ def _bit(content, first_bit, row, column, height, width):  # type: ignore[no-unt
     return ((byte >> (7 - (index & 7).to(tl.int32))) & 1).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _neighbours(position, first, last):  # type: ignore[no-untyped-def]
     """Of a sample along one axis of the image's pixels first..last - 1: the two it lies between, the weight of the
     second, and whether it counts, as in torchvision's operator."""  # noqa: D205, D209
@@ -33,7 +33,7 @@ def _neighbours(position, first, last):  # type: ignore[no-untyped-def]
     return low + first, high + first, weight, counts
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _share_of_cells(  # type: ignore[no-untyped-def]
     content, first_bits, sizes, regions, borders, shares, SIZE: tl.constexpr, WIDTH: tl.constexpr  # noqa: N803
 ):  # fmt: skip

@@ -51,12 +51,13 @@ def kept_by_batched_nms(boxes: Tensor, scores: Tensor, group_sizes: Sequence[int
         from model.nms_kernels import kept_in_groups
 
         most = max(group_sizes)
-        padded = [F.pad(group, (0, 0, 0, most - group.shape[1])) for group in boxes.split(list(group_sizes), dim=1)]
-        groups = torch.stack(padded, dim=1).flatten(0, 1)  # (B * groups, most, 4)
-        kept = kept_in_groups(groups, iou_threshold).reshape(boxes.shape[0], len(group_sizes), most)
+        parts = torch.split(boxes, list(group_sizes), dim=1)
+        padded = [F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts]
+        together = torch.stack(padded, dim=1).flatten(0, 1)  # (B * groups, most, 4)
+        kept = kept_in_groups(together, iou_threshold).reshape(boxes.shape[0], len(group_sizes), most)
         return torch.cat([kept[:, group, :size] for group, size in enumerate(group_sizes)], dim=1)
-    groups = None
+    groups: Tensor | None = None
     if len(group_sizes) > 1:
         groups = torch.cat([torch.full((size,), group, device=boxes.device) for group, size in enumerate(group_sizes)])
-    kept = [kept_by_nms(boxes[image], scores[image], groups, iou_threshold) for image in range(boxes.shape[0])]
-    return torch.stack(kept)
+    of_images = [kept_by_nms(boxes[image], scores[image], groups, iou_threshold) for image in range(boxes.shape[0])]
+    return torch.stack(of_images)

@@ -15,13 +15,13 @@ from torch import Tensor
 _ROWS = 32  # of a program of the first kernel
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _either(bits, others):  # type: ignore[no-untyped-def]
     """Union of two sets of bits."""
     return bits | others
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _overlap_bits(boxes, bits, number, words, threshold, ROWS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
     """bits[group, row, word]: which of the 32 boxes of the word come after the row's box and overlap it too much."""
     group, first_row, word = tl.program_id(0), tl.program_id(1) * ROWS, tl.program_id(2)
@@ -48,7 +48,7 @@ def _overlap_bits(boxes, bits, number, words, threshold, ROWS: tl.constexpr):  #
     tl.store(bits + (group * number + row) * words + word, packed, mask=row < number)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _scan(bits, dropped, number, words, WORDS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
     """dropped[group, word]: which boxes of a group a kept one suppresses; from the best to the worst."""
     group = tl.program_id(0)

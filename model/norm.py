@@ -83,8 +83,11 @@ class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
 
 
 def convolve(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """A convolution and the norm after it; a frozen norm becomes part of the weight, and costs no pass over the map."""
-    if not isinstance(norm, FrozenNorm):
+    """A convolution and the norm after it; inside autocast a frozen norm becomes part of the weight.
+
+    Its float32 buffers would turn the whole map into float32. In float32 it would save little and round differently.
+    """
+    if not isinstance(norm, FrozenNorm) or not torch.is_autocast_enabled(x.device.type):
         y: Tensor = norm(convolution(x))
         return y
     scale, shift = norm.scale_and_shift()

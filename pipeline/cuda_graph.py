@@ -40,7 +40,7 @@ class GraphedGradients:
         self.seen: Counter[Shape] = Counter()
         self.captured: dict[Shape, _Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Leave the gradients of a batch in the parameters.

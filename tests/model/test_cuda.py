@@ -126,7 +126,7 @@ def test_nothing_in_a_step_waits_for_the_device(dtype: torch.dtype | None) -> No
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
     assert not waits, "\n".join(waits)
 
 
