@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.folded import folded
 from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
 from model.postprocess import to_original
@@ -144,22 +145,18 @@ def ground_truth(values: dict[str, Any]) -> list[Json]:
 def evaluate_rows(
     model: MaskRCNN, shards: ShardSet, rows: Sequence[int], batch_size: int, dtype: torch.dtype | None
 ) -> list[EvaluatedRow]:
-    """Ground truth and results of some rows; the model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        return [
-            EvaluatedRow(
-                values["row"],
-                values["height"],
-                values["width"],
-                ground_truth(values),
-                coco_results(values, detections, shards.manifest, model.config.detections.whole_pixels),
-            )
-            for values, detections in predict_rows(model, shards, rows, batch_size, dtype)
-        ]
-    finally:
-        model.train(was_training)
+    """Ground truth and results of some rows, by a copy of the model that is made for inference (`model.folded`)."""
+    whole_pixels = model.config.detections.whole_pixels
+    return [
+        EvaluatedRow(
+            values["row"],
+            values["height"],
+            values["width"],
+            ground_truth(values),
+            coco_results(values, detections, shards.manifest, whole_pixels),
+        )
+        for values, detections in predict_rows(folded(model, dtype), shards, rows, batch_size, dtype)
+    ]
 
 
 def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: int) -> dict[str, float]:
