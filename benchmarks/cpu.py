@@ -2,15 +2,18 @@
 
     python benchmarks/cpu.py --out FOLDER --budget 230      # FOLDER: default $OUT, else the present one
 
-Each runs on physical cores that no other uses (one; scaling.py two) and writes FOLDER/cpu_NAME.json; where there are
-too few cores for all at once, the next begins when one has ended. Ends what is over its time; prints all tables last.
+Each runs on physical cores that no other uses (one; scaling.py two); where there are too few cores for all at once, the
+next begins when one has ended. Ends what is over its time, prints all tables last, and writes FOLDER/cpu.json (what
+each benchmark wrote, a list) and FOLDER/cpu.log.
 Needs torch, torchvision, pydantic, PyYAML and pycocotools, for evaluation.py hotcoco.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +55,11 @@ def physical_cores(allowed: set[int]) -> list[int]:
     return chosen
 
 
-def start(name: str, arguments: list[str], cores: list[int], out: Path) -> Running:
+def start(name: str, arguments: list[str], cores: list[int], folder: Path) -> Running:
     """Start a benchmark on these cores."""
-    log = out / f"cpu_{name}.log"
+    log = folder / f"{name}.log"
     command = [sys.executable, str(ROOT / "benchmarks" / arguments[0]), *arguments[1:]]
-    command += ["--json", str(out / f"cpu_{name}.json")]
+    command += ["--json", str(folder / f"{name}.json")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -80,6 +83,22 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=[part[0] for part in PARTS], help="which")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        unfinished = run(options, Path(folder))
+    if unfinished:
+        raise SystemExit(f"not finished: {', '.join(unfinished)}")
+
+
+def run(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Run what was asked for; cpu.json and cpu.log are written once all have ended.
+
+    Args:
+        options: of the command line.
+        folder: for what the benchmarks write.
+
+    Returns:
+        What did not finish, or failed.
+    """
     deadline = time.monotonic() + options.budget
     free = physical_cores(os.sched_getaffinity(0))
     waiting = [
@@ -95,7 +114,7 @@ def main() -> None:
             name, number, arguments = part
             if number <= len(free):
                 waiting.remove(part)
-                running.append(start(name, arguments, free[:number], options.out))
+                running.append(start(name, arguments, free[:number], folder))
                 free = free[number:]
         for one in list(running):
             if one.process.poll() is not None:
@@ -108,12 +127,15 @@ def main() -> None:
     for one in running:
         os.killpg(one.process.pid, 9)
         one.process.wait()
+    log = ""
     for one in ended + running:
-        print(f"--- {one.name}: exit {one.process.returncode}, cores {one.cores}")
-        print("\n".join(one.log.read_text(errors="replace").splitlines()[-12:]), flush=True)
-    if waiting or any(one.process.returncode for one in ended + running):
-        unfinished = [name for name, _, _ in waiting] + [one.name for one in ended + running if one.process.returncode]
-        raise SystemExit(f"not finished: {', '.join(unfinished)}")
+        log += f"--- {one.name}: exit {one.process.returncode}, cores {one.cores}\n"
+        log += one.log.read_text(errors="replace")
+    (options.out / "cpu.log").write_text(log)
+    print(log, flush=True)
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    (options.out / "cpu.json").write_text(json.dumps(reports, indent=1) + "\n")
+    return [name for name, _, _ in waiting] + [one.name for one in ended + running if one.process.returncode]
 
 
 if __name__ == "__main__":

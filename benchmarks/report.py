@@ -2,8 +2,8 @@
 
     python benchmarks/report.py            # or: make bench-report
 
-Reads benchmarks/results/*.json and replaces what stands between the two marks in README.md. Figures of different
-machines stay apart: each table says its machine, versions, date and command.
+Reads benchmarks/results/*.json, one report or a list of them each, and replaces what stands between the two marks in
+README.md. Figures of different machines stay apart: each table says its machine, versions, date and command.
 """
 
 import json
@@ -50,7 +50,9 @@ def main() -> None:
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     if not paths:
         sys.exit("benchmarks/results has no JSON; run `make bench` first")
-    tables = [table_of(json.loads(path.read_text())) for path in paths]
+    contents = [json.loads(path.read_text()) for path in paths]
+    reports = [report for content in contents for report in (content if isinstance(content, list) else [content])]
+    tables = [table_of(report) for report in reports]
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text(), tables))
     print(f"README.md: {len(tables)} tables")
