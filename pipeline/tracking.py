@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline import storage
@@ -153,7 +154,7 @@ class Tracker:
             self._problem = f"MLflow: {artifact_path} could not be recorded ({error})"
             return
         for name in names:
-            self._keep(lambda name=name: self._journal.keep_copy(os.path.join(folder, name)), name, artifact_path)
+            self._keep(partial(self._journal.keep_copy, os.path.join(folder, name)), name, artifact_path)
 
     def _append_file(self, content: bytes, name: str, to: str | None) -> None:
         self._keep(lambda: self._journal.keep_file(content, name), name, to)
