@@ -13,9 +13,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CONFIG ?= configs/demo.yaml
 RUNS ?= runs
+MLFLOW_PORT ?= 5000
 PACKAGES := jobs pipeline model
 
-.PHONY: help setup train test lint format types imports check bench bench-report submit ui lock clean
+.PHONY: help setup train test test-faults simulate lint format types imports check bench bench-report submit ui mlflow lock clean
 
 help:  ## list the entries
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +29,9 @@ train: setup  ## prepare, train and evaluate on the shapes data set (CPU, minute
 
 test: setup  ## all tests, on a CPU; ARGS='tests/model -k anchors'
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: setup  ## trainings that are killed, frozen, starved, half an hour; ARGS='-k frozen', CHAOS_KILLS=20
+	@$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(BIN)/ruff check .
@@ -58,6 +62,14 @@ submit: setup  ## the demo as a Ray job: start a head node on the loopback, subm
 ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000
 	@mkdir -p $(RUNS)
 	@$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+
+mlflow: setup  ## MLflow server for jobs of several machines to try: sqlite and files in runs/, http://127.0.0.1:5000
+	@mkdir -p $(RUNS)
+	@$(BIN)/mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
+	  --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db --artifacts-destination $(abspath $(RUNS))/mlflow-artifacts
+
+simulate: setup  ## all jobs through `ray job submit` on two nodes that are simulated on the loopback; minutes
+	@$(BIN)/python -m pytest -m simulation tests/simulation $(ARGS)
 
 lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --extra development --universal --python-version 3.11 --generate-hashes \

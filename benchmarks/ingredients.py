@@ -57,7 +57,7 @@ TWO_WORKERS: dict[str, Any] = {"scaling.num_workers": 2, "train.batch_size_per_w
 INGREDIENTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "sgd_nesterov": {
-        "optim.name": "sgd", "optim.nesterov": True, "optim.learning_rate": 0.02, "optim.weight_decay": 1e-4,
+        "optim.name": "sgd", "optim.nesterov": True, "optim.learning_rate": 0.05, "optim.weight_decay": 1e-4,
     },
     "multistep": {"optim.schedule": "multistep", "optim.milestones": [500, 670]},
     "ema": {"optim.ema_decay": 0.99},
@@ -69,8 +69,8 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
         "augment.brightness": 0.2, "augment.contrast": 0.2, "augment.saturation": 0.2, "augment.hue": 0.02,
     },
     "copy_paste": {"augment.copy_paste": 0.5},
-    "group_norm": {"model.backbone.norm": "group"},
-    "head_norms": {"model.box_head.norm": "batch", "model.mask_head.norm": "batch"},
+    "batch_norm_in_heads": {"model.box_head.norm": "batch", "model.mask_head.norm": "batch"},
+    "group_norm_in_heads": {"model.box_head.norm": "group", "model.mask_head.norm": "group"},
     "box_head_fc2": {"model.box_head.kind": "fc2"},
     "box_head_conv4fc1": {"model.box_head.kind": "conv4fc1", "model.box_head.convolution_channels": 64},
     "two_rpn_convolutions": {"model.rpn.num_convolutions": 2},
@@ -129,9 +129,10 @@ def main() -> None:
             result = future.result()
             if result is not None:
                 results[name].append({"seed": seed, **result})
+                if options.json:  # all there is so far
+                    report = {"device": device_name(), "torch": torch.__version__, "results": results}
+                    options.json.write_text(json.dumps(report, indent=1))
     show(results)
-    if options.json:
-        options.json.write_text(json.dumps({"device": device_name(), "torch": torch.__version__, "results": results}))
 
 
 def config_of(path: Path, name: str, seed: int, always: dict[str, Any]) -> ExperimentConfig:
@@ -171,17 +172,8 @@ def run_process(
         waits_for.result()
     if started and time.monotonic() - started > 60 * options.minutes:
         return None
-    command = [
-        sys.executable,
-        __file__,
-        "--run",
-        name,
-        str(seed),
-        "--folder",
-        str(options.folder),
-        "--set",
-        *options.set,
-    ]
+    command = [sys.executable, __file__, "--run", name, str(seed), "--config", str(options.config)]
+    command += ["--folder", str(options.folder), "--set", *options.set]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         print(f"{name} {seed}: failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)

@@ -22,13 +22,14 @@ def main(arguments: list[str]) -> None:
     options = parse(__doc__ or "", arguments, optional={"checkpoint": "what to evaluate; by default model.weights"})
     config = options.experiment
 
-    from pipeline import cluster, prepare
+    from pipeline import cluster, doctor, prepare
     from pipeline.inference import evaluate_model, find_weights, load_weights
 
     weights = find_weights(config, options.checkpoint)
     checked = prepare.check(config, say)
     model = load_weights(config, weights, checked.class_map.names, say)  # before Ray is started: mistakes show here
     cluster.connect(options.debug)
+    doctor.check_at_start(config, say)
     data = prepare.write(config, checked, say)
     placement = cluster.place_workers(config.scaling, say)
     started = time.monotonic()

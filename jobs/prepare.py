@@ -18,12 +18,13 @@ def main(arguments: list[str]) -> None:
     """Parse, prepare, print what was made."""
     options = parse(__doc__ or "", arguments)
 
-    from pipeline import cluster, prepare, storage
+    from pipeline import cluster, doctor, prepare, storage
     from pipeline.preflight import PAGE
     from pipeline.shards import read_manifest
 
     checked = prepare.check(options.experiment, say)  # before Ray is started: most mistakes show here
     cluster.connect(options.debug)
+    doctor.check_at_start(options.experiment, say)
     data = prepare.write(options.experiment, checked, say)
     training, validation = read_manifest(data.training), read_manifest(data.validation)
     summary = {

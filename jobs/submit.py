@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.cluster import local_cpus
+from pipeline.cluster import HEALTH_CHECKS, LOOPBACK_ONLY, local_cpus
 from pipeline.command_line import parse, run_job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: unix sockets below it may have 107 bytes
     ports = _free_ports(4)
     environment = {
+        **HEALTH_CHECKS,
         **os.environ,
+        **LOOPBACK_ONLY,
         # Whether Ray asks for a token depends on files of the machine unless it is said.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": uuid.uuid4().hex + uuid.uuid4().hex,

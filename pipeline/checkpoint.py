@@ -3,11 +3,15 @@
 model.safetensors    parameters and buffers
 ema.safetensors      their moving average, where there is one; what is predicted with then
 optimizer.pt         optimiser state, loadable with weights_only=True
-checkpoint.json      written last: step, metrics, configuration, classes, digest of the data, size of the other files
+checkpoint.json      written last: step, metrics, configuration, classes, digest of the data, and of the other files
+                     their size and SHA-256
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -25,7 +29,9 @@ from pipeline import storage
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SIZES_ONLY_VERSION = 1
+"""Format whose description holds no digests; still read."""
 MODEL_FILE, OPTIMIZER_FILE, DESCRIPTION_FILE = "model.safetensors", "optimizer.pt", "checkpoint.json"
 AVERAGE_FILE = "ema.safetensors"
 
@@ -52,6 +58,8 @@ class Description:
     """`JUDGED_METRICS` of every evaluation so far."""
     gradient_scaler: dict[str, float] = field(default_factory=dict)
     """State of the loss scale of fp16; empty for other precisions."""
+    skipped_steps: int = 0
+    """Steps left out so far because of numbers that are not finite."""
 
     def experiment(self) -> ExperimentConfig:
         """The configuration, checked.
@@ -67,6 +75,45 @@ class Description:
             raise UserError(f"the checkpoint's configuration is of another version: {key}: {first['msg']}") from error
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """The tensors of a checkpoint, apart from those that a training goes on changing."""
+
+    weights: dict[str, dict[str, torch.Tensor]]
+    """State dicts by file name, on the CPU."""
+    optimizer: dict[str, Any] | None
+    """State dict, on the CPU."""
+
+
+def capture(
+    model: MaskRCNN, optimizer: torch.optim.Optimizer | None, averaged: MaskRCNN | None = None
+) -> TrainingState:
+    """A copy of a training's state, which can be written while the training goes on.
+
+    Args:
+        model: not wrapped in DistributedDataParallel.
+        optimizer: None for a checkpoint that is only predicted with.
+        averaged: moving average of the model's weights.
+    """
+    weights = {
+        name: {key: _copy_on_cpu(tensor).contiguous() for key, tensor in source.state_dict().items()}
+        for name, source in ((MODEL_FILE, model), (AVERAGE_FILE, averaged))
+        if source is not None
+    }
+    return TrainingState(weights, _copy_on_cpu(optimizer.state_dict()) if optimizer is not None else None)
+
+
+def _copy_on_cpu(value: Any) -> Any:
+    """Copies of tensors, also of those in dictionaries and lists, in the order of memory that they have."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_copy_on_cpu(part) for part in value]
+    return copy.copy(value)
+
+
 def write_checkpoint(
     folder: str,
     model: MaskRCNN,
@@ -74,58 +121,127 @@ def write_checkpoint(
     description: Description,
     averaged: MaskRCNN | None = None,
 ) -> None:
-    """Write a checkpoint into an empty local folder, its description last.
+    """Write a checkpoint into an empty local folder, its description last; see `capture` and `write_state`."""
+    write_state(folder, capture(model, optimizer, averaged), description)
+
+
+def write_state(folder: str, state: TrainingState, description: Description) -> None:
+    """Write a captured state into an empty local folder, every file flushed to the disk, the description last.
 
     Args:
         folder: that exists.
-        model: not wrapped in DistributedDataParallel.
-        optimizer: None for a checkpoint that is only predicted with.
+        state: see `capture`.
         description: see there.
-        averaged: moving average of the model's weights.
+
+    Raises:
+        OSError: the disk is full or out of reach.
     """
-    files = []
-    for name, weights in ((MODEL_FILE, model), (AVERAGE_FILE, averaged)):
-        if weights is not None:
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.state_dict().items()}
-            save_file(state, os.path.join(folder, name))
-            files.append(name)
-    if optimizer is not None:
-        torch.save(optimizer.state_dict(), os.path.join(folder, OPTIMIZER_FILE))
-        files.append(OPTIMIZER_FILE)
-    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in files}
-    content = {"format_version": FORMAT_VERSION, "file_sizes": sizes, **asdict(description)}
+    files: dict[str, dict[str, Any]] = {}
+    for name, tensors in state.weights.items():
+        _write_tensors(tensors, os.path.join(folder, name))
+        files[name] = _flush(os.path.join(folder, name))
+    if state.optimizer is not None:
+        _write_optimizer(state.optimizer, os.path.join(folder, OPTIMIZER_FILE))
+        files[OPTIMIZER_FILE] = _flush(os.path.join(folder, OPTIMIZER_FILE))
+    content = {"format_version": FORMAT_VERSION, "files": files, **asdict(description)}
     storage.write_bytes(os.path.join(os.path.abspath(folder), DESCRIPTION_FILE), json.dumps(content, indent=1).encode())
 
 
+def _write_tensors(tensors: dict[str, torch.Tensor], path: str) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+
+
+def _write_optimizer(state: dict[str, Any], path: str) -> None:
+    """By way of memory: on a full disk torch's own archive writer keeps its file open, and with it the space."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    with open(path, "wb", buffering=0) as file:
+        rest = content.getbuffer()
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def _flush(path: str) -> dict[str, Any]:
+    """Have the disk take the file; its size and digest."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def read_description(folder: str) -> Description:
-    """What a local folder holds, after a look whether it is whole.
+    """What a local folder holds, after a look whether all its files are there in full length.
 
     Raises:
         UserError: no checkpoint, one that was cut off, or of another format version.
     """
-    path = os.path.join(folder, DESCRIPTION_FILE)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no checkpoint (there is no {DESCRIPTION_FILE})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); take another checkpoint") from error
-    version = content.pop("format_version", None) if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
-    try:
-        sizes, description = dict(content.pop("file_sizes")), Description(**content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__} {error}); take another checkpoint") from error
-    for name, size in sizes.items():
-        file_path = os.path.join(folder, name)
-        found = os.path.getsize(file_path) if os.path.exists(file_path) else None
-        if found != size:
+    description, files = _read_manifest(folder)
+    for name, expected in files.items():
+        path = os.path.join(folder, name)
+        found = os.path.getsize(path) if os.path.exists(path) else None
+        if found != expected["bytes"]:
             raise UserError(
-                f"{file_path}: {found} bytes, expected {size}; the checkpoint is not whole, take another one"
+                f"{path}: {found} bytes, expected {expected['bytes']}; the checkpoint is not whole, take another one"
             )
     return description
+
+
+def verify_checkpoint(folder: str) -> Description:
+    """What a local folder holds, after every byte of its files was compared with the digests of its description.
+
+    Raises:
+        UserError: as `read_description`, or with the name of the file that has changed.
+    """
+    description = read_description(folder)
+    for name, expected in _read_manifest(folder)[1].items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        if found != expected.get("sha256", found):
+            raise UserError(f"{path}: damaged (its SHA-256 is not that of {DESCRIPTION_FILE}); take another checkpoint")
+    return description
+
+
+def _read_manifest(folder: str) -> tuple[Description, dict[str, dict[str, Any]]]:
+    path = os.path.join(folder, DESCRIPTION_FILE)
+    try:
+        with open(path, "rb") as file:
+            return parse_description(file.read(), path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no checkpoint (there is no {DESCRIPTION_FILE})") from None
+
+
+def parse_description(content: bytes, path: str) -> tuple[Description, dict[str, dict[str, Any]]]:
+    """A description file's content: what it describes, and of each of the other files `bytes` and `sha256`.
+
+    Args:
+        content: of the file.
+        path: for messages.
+
+    Raises:
+        UserError: damaged, or of another format version.
+    """
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); take another checkpoint") from error
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
+    if version not in (FORMAT_VERSION, SIZES_ONLY_VERSION):
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
+    try:
+        if version == SIZES_ONLY_VERSION:
+            values["files"] = {name: {"bytes": size} for name, size in dict(values.pop("file_sizes")).items()}
+        files = {str(name): dict(entry) for name, entry in dict(values.pop("files")).items()}
+        if not all(isinstance(entry.get("bytes"), int) for entry in files.values()):
+            raise ValueError("files without a size")
+        return Description(**values), files
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__} {error}); take another checkpoint") from error
 
 
 def read_model_state(folder: str, file_name: str = MODEL_FILE) -> dict[str, torch.Tensor]:
@@ -191,7 +307,7 @@ def load_optimizer_state(folder: str, optimizer: torch.optim.Optimizer) -> None:
 
 def build_model(folder: str) -> tuple[MaskRCNN, Description]:
     """The model of a checkpoint with its weights, averaged ones where it has them, in evaluation mode on the CPU."""
-    description = read_description(folder)
+    description = verify_checkpoint(folder)
     model = MaskRCNN(description.experiment().model, len(description.class_names) + 1)
     load_judged_state(folder, model)
     return model.to(memory_format=torch.channels_last).eval(), description
@@ -234,7 +350,7 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
 
     Args:
         reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), or the
-            id of an MLflow run (likewise).
+            id of an MLflow run (likewise), or models:/NAME@ALIAS or models:/NAME/VERSION of MLflow's registry.
         storage_path: where runs are.
         mlflow_uri: tracking server or store of an MLflow run; by default the sqlite file in storage_path.
 
@@ -251,9 +367,14 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         from pipeline.tracking import default_uri, download_checkpoint
 
         return download_checkpoint(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
+    if reference.startswith("models:"):
+        from pipeline.registry import download_registered
+        from pipeline.tracking import default_uri
+
+        return download_registered(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     raise UserError(
         f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
-        "nor the id of an MLflow run"
+        "nor the id of an MLflow run, nor models:/NAME@ALIAS"
     )
 
 

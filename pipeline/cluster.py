@@ -13,8 +13,19 @@ from typing import Any
 from pipeline.config import ScalingSettings
 from pipeline.errors import UserError
 
+# Ray on Linux takes the machine's outside address and listens to the network, and so does gloo; so set, both take the
+# loopback.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 MIN_CPUS_FOR_DATA = 1
 MIN_LOCAL_WORKERS = 2
+GROUP_START_SECONDS = 15
+"""How long Ray Train waits for room for all workers before it looks again how many there is room for."""
+HEALTH_CHECKS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Environment of a head node that notices a lost node after seconds; Ray's own settings take about fifteen."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +38,47 @@ class Placement:
     """CPUs left for Ray Data; with none it would wait for ever, without an error."""
 
 
-def connect(debug: bool) -> None:
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has, and may come to have."""
+
+    nodes: list[dict[str, float]]
+    """Resources of every node that is alive."""
+    autoscaler: bool
+    """Whether something may add nodes."""
+    most: dict[str, float] | None
+    """The largest resources that the autoscaler may bring, None where it does not tell."""
+
+    def num_that_fit(self, resources: dict[str, float]) -> int:
+        """Workers that the nodes can hold at once; a worker never spans nodes."""
+        return _num_that_fit(self.nodes, resources)
+
+    def total(self, name: str) -> float:
+        """Of a resource, over all nodes."""
+        return sum(node.get(name, 0.0) for node in self.nodes)
+
+
+def capacity() -> Capacity:
+    """Of the cluster that Ray runs on."""
+    return Capacity(_nodes(), _has_autoscaler(), _most_that_autoscaler_brings())
+
+
+def connect(debug: bool, reads_data: bool = True) -> None:
     """Join the cluster of RAY_ADDRESS (set in a submitted job), or start Ray on this machine.
 
     A local Ray counts one CPU more than there are: reading data takes little, and workers would leave it none.
 
     Args:
         debug: show Ray's own messages and those of the workers.
+        reads_data: whether Ray Data, whose import takes seconds, will be used.
     """
     root = str(Path(__file__).resolve().parents[1])
     # Read when Ray starts or by Ray Train in the driver, so set before the import.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(LOOPBACK_ONLY)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{GROUP_START_SECONDS}")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     import ray
 
@@ -48,7 +89,7 @@ def connect(debug: bool) -> None:
         ray.init(**quiet)
     else:
         ray.init(address="local", num_cpus=local_cpus(), include_dashboard=False, **quiet)
-    if not debug:
+    if not debug and reads_data:
         _quiet_data()
 
 
@@ -89,11 +130,13 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
                 "see --scaling.accelerator"
             )
     resources = {"CPU": float(scaling.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
-    shortage = _shortage(scaling.num_workers, resources)
+    least = scaling.min_workers or scaling.num_workers
+    shortage = _shortage(least, resources)
     if shortage is not None:
-        _wait_for_nodes(scaling, resources, shortage, say)
+        _wait_for_nodes(scaling.model_copy(update={"num_workers": least}), resources, shortage, say)
     total_cpus = sum(node.get("CPU", 0.0) for node in _nodes())
-    return Placement(use_gpu, resources, total_cpus - scaling.num_workers * resources["CPU"])
+    workers = min(scaling.num_workers, max(least, _num_that_fit(_nodes(), resources)))
+    return Placement(use_gpu, resources, max(MIN_CPUS_FOR_DATA, total_cpus - workers * resources["CPU"]))
 
 
 def _wait_for_nodes(

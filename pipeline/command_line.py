@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import ExperimentConfig
-from pipeline.errors import UserError
+from pipeline.errors import Terminated, UserError
 
 CONFIG_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
@@ -36,9 +36,9 @@ def run_job(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
         print(f"error: {_explain_failure(error)}", file=sys.stderr)  # noqa: T201 - what a job says to a person
         sys.exit(CONFIG_EXIT_CODE if isinstance(error, ConfigurationError) else FAILURE_EXIT_CODE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
 
 
 def _explain_failure(error: BaseException) -> str:
@@ -62,6 +62,7 @@ def parse(
     arguments: Sequence[str],
     extra: dict[str, str] | None = None,
     optional: dict[str, str] | None = None,
+    flags: dict[str, str] | None = None,
 ) -> SimpleNamespace:
     """Parse a job's command line.
 
@@ -70,6 +71,7 @@ def parse(
         arguments: without the program's name.
         extra: further required options of the job (`--checkpoint`) and their help.
         optional: further options that may be left out, which are None then.
+        flags: further options without a value, which are True or False, and their help.
 
     Returns:
         Namespace with `experiment` (an `ExperimentConfig`), `debug`, and one entry for each further option.
@@ -94,6 +96,8 @@ def parse(
         parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
     for name, help_text in (optional or {}).items():
         parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
+    for name, help_text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
     for name, field in ExperimentConfig.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
@@ -112,7 +116,7 @@ def parse(
     if print_config:  # not the parser's own, which cannot write lists of sources
         say(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).rstrip())
         sys.exit(0)
-    further = {name: values[name] for name in (*(extra or {}), *(optional or {}))}
+    further = {name: values[name] for name in (*(extra or {}), *(optional or {}), *(flags or {}))}
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
 
 

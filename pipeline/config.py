@@ -5,15 +5,36 @@ The same names stand in YAML files, on the command line (`--optim.learning_rate 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, PositiveFloat, PositiveInt
+from pipeline.batch_shares import explain_division
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
+
+
+# `scheme://user:password@host`, `s3://key:secret@bucket`, `?secret_key=...`
+_SECRET = re.compile(
+    r"://[^/?@\s]*:[^/?@\s]*@|[?&][^=&]*(?:secret|password|token|access_key|signature)[^=&]*=", re.IGNORECASE
+)
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a configuration, with the full name of its key."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, key)
+    elif isinstance(values, str):
+        yield key, values
 
 
 class CocoSource(Config):
@@ -243,6 +264,8 @@ class TrainSettings(Config):
     """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it, fp16 on older GPUs."""
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"
     """What workers send their gradients as."""
+    deterministic: bool | None = None
+    """Take every sum in a fixed order, so that a resumed training ends with the same bits; null: on CPUs."""
     seed: NonNegativeInt = 0
     """What initial weights, order, augmentation and sampling are functions of."""
     target_bbox_AP: Fraction | None = None  # noqa: N815 - as the metric is called
@@ -251,6 +274,10 @@ class TrainSettings(Config):
     """Stop once an evaluation has this mask AP (and the other targets)."""
     patience: PositiveInt | None = None
     """Stop after so many evaluations in turn without a better mask AP than before."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite; it is recorded in the run's folder in any case."""
+    nonfinite_skips: PositiveInt = 5
+    """Steps that skip leaves out in a whole training; one more stops it."""
     evaluate_every_epochs: PositiveInt = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_every_steps: PositiveInt = 10
@@ -264,8 +291,12 @@ class CheckpointSettings(Config):
     """Epochs between checkpoints."""
     every_minutes: PositiveFloat = 15.0
     """Longest time between two checkpoints."""
-    keep: Annotated[int, Field(ge=2)] = 3
-    """Checkpoints kept: the best, the latest, and others by segm_AP."""
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints, beside the others; null for none of these."""
+    keep_best: PositiveInt = 1
+    """Evaluated checkpoints kept, those with the largest segm_AP."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Latest checkpoints kept; where the last one is damaged, a training goes on from the one before it."""
 
 
 class ScalingSettings(Config):
@@ -273,6 +304,8 @@ class ScalingSettings(Config):
 
     num_workers: PositiveInt = 2
     """Data-parallel training processes."""
+    min_workers: PositiveInt | None = None
+    """Go on with as few workers while nodes are lost, the global batch staying as it is; null: wait for all."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """What workers train on; auto takes GPUs where the cluster has one for every worker."""
     cpus_per_worker: PositiveInt = 1
@@ -294,6 +327,10 @@ class RunSettings(Config):
     """MLflow experiment."""
     max_failures: NonNegativeInt = 3
     """Lost workers or crashes after which the run gives up."""
+    max_preemptions: NonNegativeInt = 100
+    """Nodes taken back with notice after which the run gives up."""
+    hang_minutes: PositiveFloat = 10.0
+    """Time without any movement after which a worker is taken for hanging, and is ended and started again."""
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> Self:
@@ -326,6 +363,29 @@ class ExperimentConfig(Config):
     def global_batch_size(self) -> int:
         """Images a step over all workers."""
         return self.train.batch_size_per_worker * self.train.accumulation_steps * self.scaling.num_workers
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for key, value in _texts(self.model_dump(mode="json")):
+            if _SECRET.search(value):  # the value is not shown
+                raise ValueError(
+                    f"{key} has a password or key in its address, which would end up in MLflow, checkpoints and logs; "
+                    "give it in the environment of all nodes (MLFLOW_TRACKING_USERNAME and _PASSWORD, "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by the nodes' role"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_can_be_shared_out(self) -> Self:
+        least, most = self.scaling.min_workers, self.scaling.num_workers
+        if least is None:
+            return self
+        if least > most:
+            raise ValueError(f"scaling.min_workers {least} is more than scaling.num_workers {most}")
+        problem = explain_division(self.global_batch_size, least, most)
+        if problem is not None:
+            raise ValueError(f"scaling.min_workers {least} to scaling.num_workers {most}: {problem}")
+        return self
 
     @model_validator(mode="after")
     def _frozen_layers_keep_their_statistics(self) -> Self:

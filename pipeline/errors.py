@@ -3,3 +3,11 @@
 
 class UserError(Exception):
     """Shown as `error: ...` without a traceback; the process ends with exit code 1."""
+
+
+class SharedError(UserError):
+    """Raised by all workers of a training together; another attempt would end the same way, so none is made."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM, `ray job stop`): exit code 143."""

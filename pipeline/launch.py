@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import shutil
 import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import run_state, storage
-from pipeline.checkpoint import read_description
-from pipeline.cluster import Placement, place_workers
-from pipeline.config import ExperimentConfig
-from pipeline.errors import UserError
+from pipeline.checkpoint_store import CheckpointStore, best, check_writable
+from pipeline.cluster import GROUP_START_SECONDS, Placement, place_workers
+from pipeline.config import ExperimentConfig, ScalingSettings
+from pipeline.doctor import check_at_start
+from pipeline.errors import Terminated, UserError
 from pipeline.initial_weights import InitialWeights
 from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
+from pipeline.run_actor import RunActor, RunActorSettings
 from pipeline.shards import ShardSet
-from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, default_uri, flatten
+from pipeline.tracking import (
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    NAMESPACE,
+    SHOW_GROUP,
+    Tracker,
+    default_uri,
+    flatten,
+    journal_folder,
+)
 from pipeline.worker import make_plan, total_steps, train_worker
 
 Say = Callable[[str], None]
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+FINISH_SECONDS, KILLED_SECONDS = 60.0, 1.5  # for the last delivery to MLflow; Ray kills a stopped job after 3 s
+RESIZE_SECONDS = 300.0  # a group that grows is started again, so not too often
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
@@ -40,8 +60,28 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
         run_state.check_unchanged(state, config, folder)
     if state is None or result is None or result.length != _length(config):
         return None
+    _deliver_the_rest(config, folder, say)
     say(f"run {config.run.name} in {folder} is finished ({result.summary['steps']} steps); nothing to do")
     return result.summary
+
+
+def check_storage(config: ExperimentConfig) -> None:
+    """See that the run's folder can be written, before anything is read or started.
+
+    Raises:
+        UserError: it cannot.
+    """
+    check_writable(run_state.run_folder(config))
+
+
+def _deliver_the_rest(config: ExperimentConfig, folder: str, say: Say) -> None:
+    """Give MLflow what it was not there for when the run ended."""
+    if not Path(journal_folder(folder)).exists():
+        return
+    tracker = Tracker(*_tracker_arguments(config, folder))
+    if not tracker.everything_is_delivered:
+        tracker.deliver(FINISH_SECONDS)
+        say(tracker.get_progress()["problem"] or f"MLflow at {tracking_uri(config)} has now got everything of the run")
 
 
 def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights | None, say: Say) -> dict[str, Any]:
@@ -64,6 +104,7 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
     shards, validation = ShardSet(data.training), ShardSet(data.validation)
     _check_data(config, shards, validation)
     placement = place_workers(config.scaling, say)
+    check_at_start(config, say)
     state = run_state.read_run(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
@@ -73,28 +114,48 @@ def train(config: ExperimentConfig, data: PreparedData, weights: InitialWeights 
         weights.write()
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
-    tracker = _start_tracker(config, folder, tracker_name)
-    run_id = _begin_run(tracker, config, state, folder, shards, validation)
+    tracker = _start_tracker(config, folder, tracker_name, state, data.training)
+    _begin_run(tracker, config, state, folder, shards, validation)
+    _say_link(tracker, say)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
     try:
-        with ProgressDisplay(tracker, say):
+        with _ending_on_sigterm(), ProgressDisplay(tracker, say):
             result = _fit(config, data, weights, placement, tracker_name)
         if "error" in result.return_value:
             raise UserError(f"training failed: {result.return_value['error']}")
-        status = "FINISHED"
         if result.return_value["stopped"]:
             say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
-        summary = _summarise(config, result, run_id, time.monotonic() - started)
-        _record_artifacts(tracker, config, shards, result)
-        run_state.write_result(folder, run_state.RunResult(_length(config), summary))
-        return summary
+        _record_checkpoints(tracker, folder)
+        status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        _end_run(tracker, status, say)
+        run_id = _end_run(tracker, status, say)
+    summary = _summarise(folder, result, run_id, time.monotonic() - started)
+    _write_down_run_id(folder, run_id)
+    run_state.write_result(folder, run_state.RunResult(_length(config), summary))
+    return summary
+
+
+def register(config: ExperimentConfig, name: str, summary: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Put the best checkpoint of a finished run into the registry.
+
+    Returns:
+        What the job adds to its summary.
+
+    Raises:
+        UserError: MLflow does not know the run, or refuses.
+    """
+    from pipeline import registry
+
+    state = run_state.read_run(run_state.run_folder(config))
+    digest = state.validation_digest if state is not None else ""
+    registered = registry.register(tracking_uri(config), name, summary["mlflow_run_id"], summary["segm_AP"], digest)
+    say(registered.line)
+    return {"registered": f"models:/{name}/{registered.version}", "champion": registered.champion}
 
 
 def _length(config: ExperimentConfig) -> str:
@@ -146,22 +207,57 @@ def tracking_uri(config: ExperimentConfig) -> str:
     return config.run.mlflow_uri or default_uri(storage.absolute(config.run.storage_path))
 
 
-def _start_tracker(config: ExperimentConfig, folder: str, name: str) -> Any:
-    """The tracker as an actor on this node, which lives as long as the driver."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str, str, str, str | None]:
+    """What `Tracker` is made with."""
     storage_path = storage.absolute(config.run.storage_path)
     uri = tracking_uri(config)
     artifacts = None  # a server has its own place for them
     if uri.startswith("sqlite:") and not storage.is_url(storage_path):
         Path(storage_path).mkdir(parents=True, exist_ok=True)
         artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+    return uri, config.run.mlflow_experiment, config.run.name, folder, artifacts
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise `Terminated`; Ray's own handler, set with its start, would end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start_tracker(
+    config: ExperimentConfig, folder: str, name: str, state: run_state.RunState | None, training: str
+) -> Any:
+    """The tracker as an actor on this node, which lives as long as the driver; nobody waits for MLflow.
+
+    Where its process is lost, Ray starts it again and it goes on with its journal.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if state is None and storage.is_url(folder):
+        shutil.rmtree(journal_folder(folder), ignore_errors=True)  # of an earlier run that lay there
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {
+        "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here,
+        "max_restarts": -1, "max_task_retries": -1,
+    }  # fmt: skip
     # Calls are run in their order, but those that show progress need not wait behind an upload.
-    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(Tracker).options(**options)
-    return actor.remote(uri, config.run.mlflow_experiment, config.run.name, folder, artifacts)
+    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(RunActor).options(**options)
+    known_run_id = state.mlflow_run_id if state else None
+    parameters = flatten(config.model_dump(mode="json"))
+    arguments = _tracker_arguments(config, folder)
+    return actor.remote(RunActorSettings(arguments, known_run_id, parameters, config, training))
 
 
 def _begin_run(
@@ -171,21 +267,34 @@ def _begin_run(
     folder: str,
     shards: ShardSet,
     validation: ShardSet,
-) -> str | None:
-    """Begin or take up the MLflow run, and write the run's folder down."""
+) -> None:
+    """Write the run's folder down, and record what the run begins with."""
+    if not storage.is_url(folder):
+        # Ray Train's own list of checkpoints. We keep none there, and it would stop at one that is gone or torn.
+        Path(folder, SNAPSHOT_FILE).unlink(missing_ok=True)
+    if state is not None:
+        return
+    resolved = config.model_dump(mode="json")
+    digests = shards.manifest.digest, validation.manifest.digest
+    run_state.write_run(folder, run_state.RunState(resolved, *digests, None))
+    tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
+    class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
+    tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")
+
+
+def _write_down_run_id(folder: str, run_id: str | None) -> None:
+    """For those who go on with the run from another machine, or look for it in MLflow."""
+    state = run_state.read_run(folder)
+    if state is not None and run_id is not None and state.mlflow_run_id != run_id:
+        run_state.write_run(folder, replace(state, mlflow_run_id=run_id))
+
+
+def _say_link(tracker: Any, say: Say) -> None:
+    """Where a person sees the run."""
     import ray
 
-    resolved = config.model_dump(mode="json")
-    run_id: str | None = ray.get(tracker.start.remote(state.mlflow_run_id if state else None, flatten(resolved)))
-    begun_with = state.config if state else resolved
-    digests = shards.manifest.digest, validation.manifest.digest
-    known_id = run_id or (state.mlflow_run_id if state else None)  # MLflow may be away now and back later
-    run_state.write_run(folder, run_state.RunState(begun_with, *digests, known_id))
-    if state is None:
-        tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
-        class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
-        tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")
-    return run_id
+    if (link := ray.get(tracker.link.remote())) is not None:
+        say(f"mlflow: {link}")
 
 
 def _fit(
@@ -203,6 +312,7 @@ def _fit(
         train_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
+            "run_folder": run_state.run_folder(config),
             "training": data.training,
             "validation": data.validation,
             "initial_weights": weights.path if weights is not None else None,
@@ -210,18 +320,18 @@ def _fit(
             "cpus_for_data": placement.cpus_for_data,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.num_workers,
+            num_workers=_worker_range(config.scaling),
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.resources_per_worker,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
             storage_path=storage.absolute(config.run.storage_path),
             failure_config=ray.train.FailureConfig(
-                max_failures=config.run.max_failures, controller_failure_limit=config.run.max_failures
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config.checkpoints.keep, checkpoint_score_attribute="segm_AP", checkpoint_score_order="max"
+                max_failures=config.run.max_failures,
+                controller_failure_limit=config.run.max_failures + _starts_while_waiting(config.scaling),
+                max_preemption_failures=config.run.max_preemptions,
             ),
         ),
     )
@@ -239,16 +349,27 @@ def _fit(
         signal.signal(signal.SIGINT, handler)
 
 
+def _worker_range(scaling: ScalingSettings) -> int | tuple[int, int]:
+    least = scaling.min_workers
+    return scaling.num_workers if least in (None, scaling.num_workers) else (least, scaling.num_workers)
+
+
+def _starts_while_waiting(scaling: ScalingSettings) -> int:
+    """How often Ray Train looks in vain for room for its workers while a lost node is waited for."""
+    seconds = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", GROUP_START_SECONDS))
+    return math.ceil(scaling.wait_for_nodes_minutes * 60 / seconds)
+
+
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
+def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
     """What the job prints; the metrics are those of the checkpoint that it names, the best one."""
-    best = _best_checkpoint(result)
-    with best.as_directory() as folder:
-        metrics = read_description(folder).metrics or result.return_value["metrics"]
+    chosen = best(CheckpointStore(folder).list())
+    assert chosen is not None, "a training ends with a checkpoint"
+    metrics = chosen.description.metrics or result.return_value["metrics"]
     return {
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
@@ -257,34 +378,31 @@ def _summarise(config: ExperimentConfig, result: Any, run_id: str | None, second
         "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),
         "mlflow_run_id": run_id,
-        "checkpoint": best.path,
+        "checkpoint": chosen.path,
     }
 
 
-def _best_checkpoint(result: Any) -> Any:
-    """By segm_AP, the latest of equals."""
-    return max(result.best_checkpoints, key=lambda entry: (entry[1]["segm_AP"], entry[1]["step"]))[0]
+def _record_checkpoints(tracker: Any, folder: str) -> None:
+    """Have MLflow keep the best and the last checkpoint."""
+    stored = CheckpointStore(folder).list()
+    for checkpoint, artifact_path in ((best(stored), BEST_CHECKPOINT), (stored[-1], LAST_CHECKPOINT)):
+        if checkpoint is not None:
+            tracker.log_folder.remote(checkpoint.path, artifact_path)
 
 
-def _record_artifacts(tracker: Any, config: ExperimentConfig, shards: ShardSet, result: Any) -> None:
+def _end_run(tracker: Any, status: str, say: Say) -> str | None:
+    """End the MLflow run truthfully; its id, if MLflow ever answered."""
     import ray
 
-    for checkpoint, artifact_path in (
-        (_best_checkpoint(result), "best_checkpoint"),
-        (result.checkpoint, "last_checkpoint"),
-    ):
-        with checkpoint.as_directory() as folder:
-            ray.get(tracker.log_folder.remote(folder, artifact_path))
-
-
-def _end_run(tracker: Any, status: str, say: Say) -> None:
-    import ray
-
+    seconds = KILLED_SECONDS if status == "KILLED" else FINISH_SECONDS
+    run_id: str | None = None
     try:
-        ray.get(tracker.finish.remote(status), timeout=60)
+        ray.get(tracker.finish.remote(status, seconds), timeout=seconds + 1)
+        run_id = ray.get(tracker.run_id.remote(), timeout=5)
         show = tracker.get_progress.options(concurrency_group=SHOW_GROUP)
-        problem = ray.get(show.remote(), timeout=60)["problem"]
+        problem = ray.get(show.remote(), timeout=5)["problem"]
     except (ray.exceptions.RayError, TimeoutError) as error:
         problem = f"the end of the run could not be recorded ({_last_line(error)})"
     if problem:
         say(f"warning: {problem}")
+    return run_id

@@ -50,6 +50,7 @@ class ProgressDisplay:
         self._last_step, self._evaluated_step = -1, -1
         self._line_at = 0.0
         self._problem: str | None = None
+        self._notices_shown = 0
         self._line_is_open = False
 
     def __enter__(self) -> ProgressDisplay:
@@ -76,6 +77,9 @@ class ProgressDisplay:
         if progress.get("problem") and progress["problem"] != self._problem:
             self._problem = progress["problem"]
             self._print(f"warning: {self._problem}")
+        for notice in progress.get("notices", [])[self._notices_shown :]:
+            self._notices_shown += 1
+            self._print(f"warning: {notice}")
         if "evaluated" in progress and progress["step"] != self._evaluated_step:
             self._evaluated_step = progress["step"]
             self._print(evaluation_line(progress))

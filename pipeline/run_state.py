@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "train.patience",
     "train.evaluate_every_epochs",
     "train.log_every_steps",
+    "train.nonfinite",
+    "train.deterministic",
     "train.batch_size_per_worker",  # together with the passes and the workers, see `check_unchanged`
     "train.accumulation_steps",
     "scaling.",

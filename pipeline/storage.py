@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from functools import lru_cache
 
 from pyarrow import fs as arrow_fs
@@ -11,6 +12,7 @@ from pyarrow import fs as arrow_fs
 from pipeline.errors import UserError
 
 _BUCKETS = ("s3", "gs", "gcs")
+COPY_BYTES = 4 * 1024 * 1024
 
 
 def is_url(path: str) -> bool:
@@ -103,6 +105,31 @@ def delete_file(path: str) -> None:
     filesystem, inner = open_filesystem(path)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(inner)
+
+
+def upload(local_path: str, path: str) -> None:
+    """Copy a local file, piece by piece."""
+    filesystem, inner = open_filesystem(path)
+    if path.partition("://")[0] not in _BUCKETS:  # which have no folders
+        filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
+    with open(local_path, "rb") as source, filesystem.open_output_stream(inner) as target:
+        shutil.copyfileobj(source, target, COPY_BYTES)
+
+
+def download(path: str, local_path: str) -> None:
+    """Copy a file to a local path, piece by piece."""
+    filesystem, inner = open_filesystem(path)
+    os.makedirs(os.path.dirname(local_path), exist_ok=True)
+    with filesystem.open_input_stream(inner) as source, open(local_path, "wb") as target:
+        shutil.copyfileobj(source, target, COPY_BYTES)
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders directly in a folder, in order; empty where there is no such folder."""
+    filesystem, inner = open_filesystem(folder)
+    selector = arrow_fs.FileSelector(inner, recursive=False, allow_not_found=True)
+    entries = filesystem.get_file_info(selector)
+    return sorted(entry.base_name for entry in entries if entry.type == arrow_fs.FileType.Directory)
 
 
 def list_files(folder: str) -> set[str]:

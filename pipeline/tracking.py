@@ -1,29 +1,44 @@
 """MLflow: the one place that owns its client. A failure here is told once and never stops a training.
 
 The tracker is a Ray actor on the driver's node, so a sqlite file there is reached from wherever the workers run.
-Workers send it rows and go on; a thread of its own writes them in batches.
+Workers send it rows and go on. It writes them to a journal on its disk, and a thread of its own delivers the journal to
+MLflow: in order, from where it was left, whenever MLflow answers, also after the death of everybody concerned. A record
+that may have arrived is sent again as it was, and MLflow's stores keep the same number of the same moment once.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.metadata
 import math
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from pipeline import storage
+from pipeline.checkpoint_store import local_folder
 from pipeline.errors import UserError
+from pipeline.findings import Finding, fix, well
+from pipeline.journal import Journal, Record
 
 NAMESPACE = "mask-rcnn"
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
-RUN_TAG = "mask_rcnn.run_folder"
+BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"
+RUN_TAG, JOURNAL_TAG = "mask_rcnn.run_folder", "mask_rcnn.journal"
 FLUSH_SECONDS = 2.0
-RETRY_SECONDS = 15.0
-MAX_PENDING = 200_000  # metrics kept while a server is away
+RETRY_SECONDS = 10.0
+SERVER_SECONDS = 5.0
+ARTIFACT_ATTEMPTS = 3
 MAX_METRICS_A_CALL = 1000  # MLflow's limit
-MARK_METRICS = ("loss", "segm_AP")  # the last steps of these say what a run holds already
+MAX_PARAMETERS_A_CALL = 100
+MAX_PARAMETER_LENGTH = 6000
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # what sending again does not mend
 
 
 def default_uri(storage_path: str) -> str:
@@ -39,165 +54,373 @@ def default_uri(storage_path: str) -> str:
     return f"sqlite:///{os.path.abspath(storage_path)}/mlflow.db"
 
 
+def server_finding(uri: str) -> Finding:
+    """Whether MLflow can be used: its server answers and is of our version, or a sqlite file is on this node's disk."""
+    ours = importlib.metadata.version("mlflow")  # importing it would take seconds
+    if not uri.startswith(("http://", "https://")):
+        return well("mlflow", f"{uri}, on the driver's node (MLflow {ours})")
+    try:
+        request = urllib.request.Request(f"{uri.rstrip('/')}/version", headers=_credentials())
+        with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
+            theirs = answer.read(100).decode().strip()
+    except (OSError, ValueError) as error:
+        return fix(
+            "mlflow", f"{uri} does not answer ({_first_line(error)}); see to run.mlflow_uri, or start the server"
+        )
+    if theirs.split(".")[0] != ours.split(".")[0]:
+        return fix("mlflow", f"{uri} is MLflow {theirs}, here it is {ours}; give the server the same major version")
+    return well("mlflow", f"{uri} answers, MLflow {theirs} there and {ours} here")
+
+
+def _credentials() -> dict[str, str]:
+    """Of the environment, as MLflow's own client sends them."""
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        both = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        return {"Authorization": f"Basic {base64.b64encode(both.encode()).decode()}"}
+    return {}
+
+
+def journal_folder(run_folder: str) -> str:
+    """Where this machine keeps what MLflow is to be told: with the run, unless that is in a bucket."""
+    if not storage.is_url(run_folder):
+        return os.path.join(run_folder, "tracking")
+    name = hashlib.sha256(run_folder.encode()).hexdigest()[:16]
+    return os.path.join(tempfile.gettempdir(), "mask-rcnn-tracking", name)
+
+
 class Tracker:
     """Records one training in one MLflow run."""
 
     def __init__(self, uri: str, experiment: str, run_name: str, run_folder: str, artifacts_folder: str | None) -> None:
-        # The defaults would retry for minutes while a training waits for its run to begin.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        """Open the journal; nothing is sent yet.
+
+        Args:
+            uri: of MLflow.
+            experiment: its name.
+            run_name: name of the run in MLflow.
+            run_folder: path or URL of what is recorded, which the run is found again by.
+            artifacts_folder: where an experiment that has to be made keeps its artifacts, None for MLflow's choice.
+        """
+        # The defaults would wait for minutes; the journal's next delivery is the retry.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._uri, self._experiment, self._run_name, self._run_folder = uri, experiment, run_name, run_folder
         self._artifacts_folder = artifacts_folder
+        self._known_run_id: str | None = None
+        self._journal = Journal(journal_folder(run_folder))
+        self._journalled: dict[str, set[int]] = {}  # steps, by the first name of their metrics
+        self._has_parameters = False
+        for _, record in self._journal.records():
+            if record["kind"] == "metrics":
+                self._journalled.setdefault(next(iter(record["metrics"])), set()).add(record["step"])
+            self._has_parameters |= record["kind"] == "parameters"
+        self._held: dict[str, int] = {}  # last step of each metric that a run from before this journal holds
         self._run_id: str | None = None
-        self._marks: dict[str, int] = {}
-        self._pending: list[tuple[str, float, int, int]] = []  # name, value, milliseconds, step
-        self._lock = threading.Lock()
-        self._writing = threading.Lock()
-        self._closed = threading.Event()
+        self._attached = threading.Event()
+        self._delivering, self._closed = threading.Lock(), threading.Event()
+        self._failed_attempts = 0
         self._problem: str | None = None
+        self._notices: list[str] = []
         self._progress: dict[str, Any] = {}
 
-    def start(self, run_id: str | None, parameters: Mapping[str, str]) -> str | None:
-        """Begin or take up the run of this training.
+    def start(self, run_id: str | None, parameters: Mapping[str, str], seconds: float = 10.0) -> str | None:
+        """Begin or take up the run of this training, and deliver from now on.
 
         Args:
             run_id: of an earlier attempt, or None.
             parameters: the resolved configuration, flat; logged once.
+            seconds: to wait at most for MLflow.
 
         Returns:
-            Id of the MLflow run, or None where MLflow cannot be reached.
+            Id of the MLflow run, or None where it has not answered so far.
         """
-        try:
-            self._run_id = self._attach(run_id, parameters)
-        except Exception as error:  # MLflow, its database and the network raise many kinds
-            self._say(f"MLflow at {self._uri} cannot be used ({_first_line(error)}); training goes on without it")
+        self._known_run_id = run_id
+        if not self._has_parameters:
+            self._has_parameters = True
+            self._append({"kind": "parameters", "parameters": dict(parameters)})
+        self._append({"kind": "begin"})
+        threading.Thread(target=self._deliver_until_closed, daemon=True).start()
+        return self.run_id(seconds)
+
+    def run_id(self, seconds: float = 0.0) -> str | None:
+        """Id of the MLflow run, None where MLflow has not answered within so many seconds."""
+        self._attached.wait(seconds)
+        return self._run_id or self._journal.mark.run_id
+
+    def link(self) -> str | None:
+        """Where a person sees the run, None where there is none."""
+        if self._run_id is None:
             return None
-        threading.Thread(target=self._write_until_closed, daemon=True).start()
-        return self._run_id
-
-    def _attach(self, run_id: str | None, parameters: Mapping[str, str]) -> str:
-        client = self._client()
-        experiment = client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            experiment_id = client.create_experiment(self._experiment, artifact_location=self._artifacts_folder)
-        else:
-            experiment_id = experiment.experiment_id
-        found = [run_id] if run_id else self._runs_of_folder(client, experiment_id)
-        for known in found:
-            run = client.get_run(known)
-            client.update_run(known, status="RUNNING")
-            for name in MARK_METRICS:
-                if name in run.data.metrics:
-                    self._marks[name] = max(metric.step for metric in client.get_metric_history(known, name))
-            return str(known)
-        run = client.create_run(experiment_id, run_name=self._run_name, tags={RUN_TAG: self._run_folder})
-        from mlflow.entities import Param
-
-        items = [Param(key, value[:6000]) for key, value in parameters.items()]
-        for start in range(0, len(items), 100):
-            client.log_batch(run.info.run_id, params=items[start : start + 100])
-        return str(run.info.run_id)
-
-    def _runs_of_folder(self, client: Any, experiment_id: str) -> list[str]:
-        """Runs that an earlier attempt began but did not live to write down; not finished ones of a deleted folder."""
-        folder = self._run_folder.replace("'", "")
-        runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{folder}' and attributes.status = 'RUNNING'")
-        return [run.info.run_id for run in runs[:1]]
+        try:
+            experiment_id = self._client().get_run(self._run_id).info.experiment_id
+        except Exception:  # a server that is away for the moment; the tracker tells when it stays away
+            return None
+        place = f"/#/experiments/{experiment_id}/runs/{self._run_id}"
+        if self._uri.startswith(("http://", "https://")):
+            return self._uri.rstrip("/") + place
+        return f"http://127.0.0.1:5000{place} after `make mlflow`"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics of a step; steps that the run holds already (it was resumed) are left out."""
+        """Record metrics of a step; see `log_rows`."""
+        self.log_rows([(step, metrics)])
+
+    def log_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Record metrics of steps; those of a step that came before are left out (a training goes over it again).
+
+        Args:
+            rows: step, and its metrics by name; those that are logged together begin with the same name.
+        """
         now = int(time.time() * 1000)
-        mark = max((self._marks[name] for name in MARK_METRICS if name in self._marks and name in metrics), default=-1)
-        if self._run_id is None or step <= mark:
-            return
-        # Marked also now: workers that are restarted from a checkpoint log their steps again, to this same tracker.
-        self._marks |= {name: step for name in MARK_METRICS if name in metrics}
-        rows = [(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
-        with self._lock:
-            self._pending = (self._pending + rows)[-MAX_PENDING:]
+        for step, metrics in rows:
+            steps = self._journalled.setdefault(next(iter(metrics)), set())
+            if step in steps:
+                continue
+            steps.add(step)
+            finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+            if finite:
+                self._append({"kind": "metrics", "step": step, "time": now, "metrics": finite})
 
     def log_picture(self, png: bytes, name: str) -> None:
         """Record a picture, as `pictures/name`."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, name)
-            with open(path, "wb") as file:
-                file.write(png)
-            self._log_artifact(path, "pictures")
-
-    def log_folder(self, folder: str, artifact_path: str) -> None:
-        """Record the files of a local folder."""
-        for name in sorted(os.listdir(folder)):
-            self._log_artifact(os.path.join(folder, name), artifact_path)
+        self._append_file(png, name, "pictures")
 
     def log_text(self, text: str, name: str) -> None:
         """Record a small file."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, name)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-            self._log_artifact(path, None)
+        self._append_file(text.encode(), name, None)
 
-    def _log_artifact(self, path: str, artifact_path: str | None) -> None:
-        if self._run_id is None:
+    def log_folder(self, folder: str, artifact_path: str) -> None:
+        """Record the files of a local folder, or of a checkpoint in a bucket, which has to stay."""
+        if storage.is_url(folder):
+            self._append({"kind": "folder", "folder": folder, "to": artifact_path})
             return
         try:
-            self._client().log_artifact(self._run_id, path, artifact_path)
-        except Exception as error:
-            self._say(f"MLflow: {os.path.basename(path)} could not be recorded ({_first_line(error)})")
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            self._problem = f"MLflow: {artifact_path} could not be recorded ({error})"
+            return
+        for name in names:
+            self._keep(partial(self._journal.keep_copy, os.path.join(folder, name)), name, artifact_path)
 
-    def finish(self, status: str) -> None:
-        """Write what is pending and end the run: "FINISHED", "FAILED" or "KILLED"."""
+    def _append_file(self, content: bytes, name: str, to: str | None) -> None:
+        self._keep(lambda: self._journal.keep_file(content, name), name, to)
+
+    def _keep(self, keep: Callable[[], str], name: str, to: str | None) -> None:
+        try:
+            self._append({"kind": "file", "file": keep(), "name": name, "to": to})
+        except OSError as error:
+            self._problem = f"{self._journal.folder}: {name} could not be kept ({_first_line(error)})"
+
+    def _append(self, record: Record) -> None:
+        try:
+            self._journal.append(record)
+        except OSError as error:
+            self._problem = f"{self._journal.folder}: what MLflow is to be told could not be kept ({error})"
+
+    def finish(self, status: str, seconds: float = 60.0) -> None:
+        """End the run as "FINISHED", "FAILED" or "KILLED", and wait for the delivery.
+
+        Args:
+            status: of these.
+            seconds: to wait at most; what is left then is delivered when the same training is started again.
+        """
+        self._append({"kind": "end", "status": status})
         self._closed.set()
-        if self._run_id is None:
-            return
-        try:
-            self._flush()
-            self._client().set_terminated(self._run_id, status)
-        except Exception as error:
-            self._say(f"MLflow: the end of the run could not be recorded ({_first_line(error)})")
+        self.deliver(seconds)
+
+    def deliver(self, seconds: float) -> None:
+        """Deliver what is in the journal, trying for so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self._deliver(deadline):
+            if time.monotonic() > deadline:
+                self._problem = (
+                    f"MLflow at {self._uri} has not got everything; the rest is kept in {self._journal.folder} and "
+                    "delivered when the same command is started again"
+                )
+                return
+            time.sleep(0.2)
+
+    @property
+    def everything_is_delivered(self) -> bool:
+        """Whether MLflow has got all that was recorded."""
+        return self._journal.num_pending_bytes == 0
 
     def set_progress(self, progress: dict[str, Any]) -> None:
         """Where the training is, for the driver to show."""
         self._progress = progress
 
+    def warn(self, text: str) -> None:
+        """Have the driver tell the user, once."""
+        self._notices.append(text)
+
     def get_progress(self) -> dict[str, Any]:
-        """The latest progress, and the latest problem with MLflow."""
-        return {**self._progress, "problem": self._problem}
+        """The latest progress, the latest problem with MLflow, and all that the user is to be told."""
+        return {**self._progress, "problem": self._problem, "notices": list(self._notices)}
 
     def _client(self) -> Any:
         from mlflow import MlflowClient
 
         return MlflowClient(self._uri)
 
-    def _write_until_closed(self) -> None:
-        pause = FLUSH_SECONDS
+    def _deliver_until_closed(self) -> None:
+        pause = 0.0
         while not self._closed.wait(pause):
-            try:
-                self._flush()
-                pause = FLUSH_SECONDS
-            except Exception as error:
-                self._say(
-                    f"MLflow at {self._uri} does not answer ({_first_line(error)}); metrics are kept and tried again"
-                )
-                pause = RETRY_SECONDS
+            pause = FLUSH_SECONDS if self._deliver() else RETRY_SECONDS
 
-    def _flush(self) -> None:
-        """Write pending metrics; what could not be written stays pending."""
+    def _deliver(self, deadline: float = math.inf) -> bool:
+        """Deliver all that is pending; whether that went well."""
+        wait = -1 if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        if not self._delivering.acquire(timeout=wait):
+            return False
+        try:
+            if self._run_id is None:
+                self._run_id = self._attach()
+                self._attached.set()
+            self._send_records(self._run_id)
+        except Exception as error:  # MLflow, its database and the network raise many kinds
+            self._problem = (
+                f"MLflow at {self._uri} does not answer ({_first_line(error)}); "
+                f"what it is to be told is kept in {self._journal.folder} and sent again"
+            )
+            return False
+        finally:
+            self._delivering.release()
+        if self._problem is not None and "does not answer" in self._problem:
+            self._problem = None
+            self._notices.append(f"MLflow at {self._uri} answers again, and has got everything")
+        return True
+
+    def _attach(self) -> str:
+        """The run that the journal goes to: the one known, one with the journal's or the folder's tag, or a new one."""
+        client = self._client()
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            experiment_id = client.create_experiment(self._experiment, artifact_location=self._artifacts_folder)
+        else:
+            experiment_id = experiment.experiment_id
+        is_fresh = self._journal.mark.run_id is None
+        run = _run_if_there(client, self._journal.mark.run_id or self._known_run_id)
+        run = run or _run_with_tag(client, experiment_id, JOURNAL_TAG, self._journal.mark.token)
+        if run is None and is_fresh:
+            # Begun by an attempt that did not live to write it down; not the finished one of a deleted folder.
+            run = _run_with_tag(client, experiment_id, RUN_TAG, self._run_folder, "attributes.status = 'RUNNING'")
+        if run is None:
+            tags = {RUN_TAG: self._run_folder, JOURNAL_TAG: self._journal.mark.token}
+            run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)
+        elif is_fresh:
+            for name in run.data.metrics:
+                self._held[name] = max(metric.step for metric in client.get_metric_history(run.info.run_id, name))
+        run_id = str(run.info.run_id)
+        self._journal.deliver_to(run_id)
+        return run_id
+
+    def _send_records(self, run_id: str) -> None:
+        """Send pending records in their order, metrics many at a time."""
+        client = self._client()
+        metrics: list[Any] = []
+        place = self._journal.mark.delivered
+        for place_after, record in self._journal.records(place):
+            of_record = self._metrics(record) if record["kind"] == "metrics" else []
+            if metrics and (record["kind"] != "metrics" or len(metrics) + len(of_record) > MAX_METRICS_A_CALL):
+                client.log_batch(run_id, metrics=metrics)
+                self._journal.delivered(place)
+                metrics = []
+            if record["kind"] == "metrics":
+                metrics += of_record
+            else:
+                self._send(client, run_id, record)
+                self._journal.delivered(place_after)
+            place = place_after
+        if metrics:
+            client.log_batch(run_id, metrics=metrics)
+        if place != self._journal.mark.delivered:
+            self._journal.delivered(place)
+
+    def _metrics(self, record: Record) -> list[Any]:
         from mlflow.entities import Metric
 
-        with self._writing:
-            client = self._client()
-            while True:
-                with self._lock:
-                    batch = self._pending[:MAX_METRICS_A_CALL]
-                if not batch:
-                    return
-                client.log_batch(self._run_id, metrics=[Metric(*row) for row in batch])
-                with self._lock:
-                    self._pending = self._pending[len(batch) :]
+        step, milliseconds = record["step"], record["time"]
+        return [
+            Metric(name, value, milliseconds, step)
+            for name, value in record["metrics"].items()
+            if step > self._held.get(name, -1)
+        ]
 
-    def _say(self, text: str) -> None:
-        self._problem = text
+    def _send(self, client: Any, run_id: str, record: Record) -> None:
+        """Send a record that is not of metrics; one that MLflow refuses for good is told of and left out."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if record["kind"] == "parameters":
+                self._send_parameters(client, run_id, record["parameters"])
+            elif record["kind"] == "begin":
+                client.update_run(run_id, status="RUNNING")
+            elif record["kind"] == "end":
+                client.set_terminated(run_id, record["status"])
+            else:
+                self._send_artifact(client, run_id, record)
+            self._failed_attempts = 0
+        except (MlflowException, OSError, UserError) as error:
+            self._failed_attempts += 1
+            refused = isinstance(error, MlflowException) and error.error_code in REFUSALS
+            is_artifact = record["kind"] in ("file", "folder")
+            if not refused and not (is_artifact and self._failed_attempts >= ARTIFACT_ATTEMPTS and _answers(client)):
+                raise
+            self._failed_attempts = 0
+            what = record.get("name") or record.get("to") or record["kind"]
+            self._notices.append(f"MLflow: {what} could not be recorded ({_first_line(error)})")
+
+    def _send_parameters(self, client: Any, run_id: str, parameters: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(key, value[:MAX_PARAMETER_LENGTH]) for key, value in parameters.items()]
+        for start in range(0, len(items), MAX_PARAMETERS_A_CALL):
+            client.log_batch(run_id, params=items[start : start + MAX_PARAMETERS_A_CALL])
+
+    def _send_artifact(self, client: Any, run_id: str, record: Record) -> None:
+        if record["kind"] == "folder":
+            with local_folder(record["folder"]) as folder:
+                for name in sorted(os.listdir(folder)):
+                    client.log_artifact(run_id, os.path.join(folder, name), record["to"])
+            return
+        kept = self._journal.path(record["file"])
+        if not kept.exists():  # sent, but the mark did not get that far
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, record["name"])
+            os.symlink(kept, path)
+            client.log_artifact(run_id, path, record["to"])
+        kept.unlink()
+
+
+def _run_if_there(client: Any, run_id: str | None) -> Any:
+    """The run of this id, None without an id or where it is gone."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _run_with_tag(client: Any, experiment_id: str, tag: str, value: str, further: str | None = None) -> Any:
+    """The latest run of an experiment with this tag, None where there is none."""
+    wanted = [f"tags.`{tag}` = '{value.replace(chr(39), '')}'", *([further] if further else [])]
+    return next(iter(client.search_runs([experiment_id], " and ".join(wanted), max_results=1)), None)
+
+
+def _answers(client: Any) -> bool:
+    """Whether MLflow itself is there, so that a failed upload is the fault of its artifact store."""
+    try:
+        client.search_experiments(max_results=1)
+    except Exception:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
@@ -227,7 +450,7 @@ def download_checkpoint(run_id: str, uri: str) -> str:
 
     client = MlflowClient(uri)
     folder = tempfile.mkdtemp(prefix="checkpoint-")
-    for artifact_path in ("best_checkpoint", "last_checkpoint"):
+    for artifact_path in (BEST_CHECKPOINT, LAST_CHECKPOINT):
         try:
             if client.list_artifacts(run_id, artifact_path):
                 return str(client.download_artifacts(run_id, artifact_path, folder))

@@ -17,6 +17,7 @@ from model.losses import LOSS_NAMES
 from model.structures import Batch
 from pipeline.config import ExperimentConfig
 from pipeline.optim import learning_rate, scale_to_batch, set_learning_rate
+from pipeline.update_guard import UpdateGuard
 
 STEP_METRICS = ("loss", *LOSS_NAMES, "gradient_norm")
 """Order of the numbers that `train_step` returns."""
@@ -92,6 +93,7 @@ def train_step(
     total_steps: int,
     dtype: torch.dtype | None,
     scaler: torch.amp.GradScaler | None = None,
+    guard: UpdateGuard | None = None,
 ) -> Tensor:
     """Forward and backward for each batch, then clip and update once.
 
@@ -105,6 +107,7 @@ def train_step(
         total_steps: of the whole training.
         dtype: see `autocast_dtype`.
         scaler: see `gradient_scaler`; fp16 needs one. A step whose gradient overflows is left out, and the scale falls.
+        guard: leaves out steps whose gradient is not finite; in fp16 the scaler does so in any case.
 
     Returns:
         (7,) float32 on the device, in the order of `STEP_METRICS`: the sum, the five losses without weights, and the
@@ -115,12 +118,16 @@ def train_step(
     settings = scale_to_batch(config.optim, config.global_batch_size)
     set_learning_rate(optimizer, learning_rate(step, total_steps, settings))
     optimizer.zero_grad(set_to_none=True)
+    if guard is not None:
+        guard.before_forward(model)
     values = accumulate_gradients(model, batches, config.model.losses, dtype, scaler)
     scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradient_norm = torch.nn.utils.get_total_norm(gradients)
     if config.optim.gradient_clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.gradient_clip_norm, gradient_norm)
+    if guard is not None and not scaler.is_enabled():
+        guard.before_update(model, optimizer, gradient_norm)
     scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled():

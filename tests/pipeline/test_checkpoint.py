@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -20,12 +21,15 @@ from pipeline.checkpoint import (
     Description,
     best_checkpoint_of_run,
     build_model,
+    capture,
     check_same_classes,
     load_model_state,
     load_optimizer_state,
     read_description,
     resolve_checkpoint,
+    verify_checkpoint,
     write_checkpoint,
+    write_state,
 )
 from pipeline.config import ExperimentConfig, OptimSettings
 from pipeline.ema import averaged_copy
@@ -203,11 +207,12 @@ def cut(name: str) -> Callable[[Path], object]:
         (lambda folder: (folder / DESCRIPTION_FILE).write_text("{"), DESCRIPTION_FILE, "damaged ("),
         (lambda folder: (folder / DESCRIPTION_FILE).write_bytes(b"\xff"), DESCRIPTION_FILE, "damaged ("),
         (lambda folder: (folder / DESCRIPTION_FILE).write_text("[]"), DESCRIPTION_FILE, "format version None"),
-        (description_with(format_version=99), DESCRIPTION_FILE, "format version 99, expected 1"),
+        (description_with(format_version=99), DESCRIPTION_FILE, "format version 99, expected 2"),
         (description_with(step=None), DESCRIPTION_FILE, "damaged (TypeError"),
         (description_with(more=1), DESCRIPTION_FILE, "damaged (TypeError"),
-        (description_with(file_sizes=None), DESCRIPTION_FILE, "damaged (KeyError 'file_sizes')"),
-        (description_with(file_sizes=3), DESCRIPTION_FILE, "damaged (TypeError"),
+        (description_with(files=None), DESCRIPTION_FILE, "damaged (KeyError 'files')"),
+        (description_with(files=3), DESCRIPTION_FILE, "damaged (TypeError"),
+        (description_with(files={MODEL_FILE: {}}), DESCRIPTION_FILE, "damaged (ValueError files without a size"),
         (lambda folder: (folder / MODEL_FILE).unlink(), MODEL_FILE, "None bytes, expected"),
         (lambda folder: (folder / OPTIMIZER_FILE).unlink(), OPTIMIZER_FILE, "None bytes, expected"),
         (cut(MODEL_FILE), MODEL_FILE, "bytes, expected"),
@@ -222,6 +227,48 @@ def test_damaged_checkpoint_is_named(copied: Path, damage: Callable[[Path], obje
         assert str(caught.value).startswith(str(copied / file) if file else str(copied))
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE])
+def test_a_flipped_bit_is_named(copied: Path, name: str) -> None:
+    """The length is right and the file can be loaded: only the digest tells."""
+    assert verify_checkpoint(str(copied)) == read_description(str(copied))
+    content = bytearray((copied / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(content)
+    read_description(str(copied))
+    for use in (verify_checkpoint, build_model):
+        with pytest.raises(UserError) as caught:
+            use(str(copied))
+        assert str(caught.value) == (
+            f"{copied / name}: damaged (its SHA-256 is not that of checkpoint.json); take another checkpoint"
+        )
+
+
+def test_a_checkpoint_from_before_there_were_digests_is_read(copied: Path) -> None:
+    content = json.loads((copied / DESCRIPTION_FILE).read_text())
+    files = content.pop("files")
+    content |= {"format_version": 1, "file_sizes": {name: entry["bytes"] for name, entry in files.items()}}
+    (copied / DESCRIPTION_FILE).write_text(json.dumps(content))
+    assert verify_checkpoint(str(copied)) == describe(segm_AP=0.25)
+    cut(MODEL_FILE)(copied)
+    with pytest.raises(UserError, match="bytes, expected"):
+        verify_checkpoint(str(copied))
+
+
+def test_a_captured_state_is_what_it_was_when_it_was_captured(tmp_path: Path) -> None:
+    """It is written by a thread while the training changes the weights."""
+    model, optimizer = trained("adamw")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected_state = copy.deepcopy(optimizer.state_dict())
+    state = capture(model, optimizer)
+    take_step(model, optimizer, 7)
+    write_state(str(tmp_path), state, describe())
+    again, again_optimizer = trained("adamw", seed=1)
+    load_model_state(str(tmp_path), again)
+    load_optimizer_state(str(tmp_path), again_optimizer)
+    assert_same_state(dict(again.state_dict()), expected)
+    assert_same_state(again_optimizer.state_dict(), expected_state)
 
 
 def test_place_without_a_checkpoint(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ WRONG = [
     ("train: {batch_size_per_worker: 2.5}", ["--train.batch_size_per_worker", "2.5"], "a valid integer"),
     ("train: {seed: -3}", ["--train.seed", "-3"], ">= 0"),
     ("scaling: {num_workers: 0}", ["--scaling.num_workers", "0"], ">= 1"),
-    ("checkpoints: {keep: 1}", ["--checkpoints.keep", "1"], ">= 2"),
+    ("checkpoints: {keep_last: 1}", ["--checkpoints.keep_last", "1"], ">= 2"),
     ("optim: {momentum: 1.0}", ["--optim.momentum", "1.0"], ">= 0 and < 1"),
     ("optim: {name: adam}", ["--optim.name", "adam"], "'sgd', 'adamw'"),
     ("model: {backbone: {depth: 19}}", ["--model.backbone.depth", "19"], "18, 34, 50, 101"),

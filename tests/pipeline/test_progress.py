@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.progress import duration, evaluation_line, step_line
+from pipeline.progress import ProgressDisplay, duration, evaluation_line, step_line
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,12 @@ def test_an_evaluation_shows_the_four_figures() -> None:
     metrics = {"bbox_AP": 0.1, "bbox_AP50": 0.2, "segm_AP": 0.3, "segm_AP50": 0.4, "segm_AP75": 0.5}
     line = evaluation_line({"epoch": 2.0, "step": 80, "last_step": 200, "evaluated": metrics})
     assert line == "epoch 2.00  step 80/200  bbox_AP 0.100  bbox_AP50 0.200  segm_AP 0.300  segm_AP50 0.400"
+
+
+def test_what_the_user_is_to_be_told_is_told_once() -> None:
+    said: list[str] = []
+    display = ProgressDisplay(None, said.append)
+    display._show({"step": 1, "problem": None, "notices": ["one"]})
+    display._show({"step": 2, "problem": "away", "notices": ["one", "two"]})
+    display._show({"step": 3, "problem": "away", "notices": ["one", "two"]})
+    assert said == ["warning: one", "warning: away", "warning: two"]

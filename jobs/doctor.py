@@ -1,0 +1,73 @@
+"""Will this job run on that cluster? Asked before a GPU is paid for; each line says ok, or what to do.
+
+    python jobs/doctor.py --config configs/demo.yaml                          # on this machine
+    RAY_ADDRESS=http://127.0.0.1:8265 python jobs/doctor.py --config ...       # on the cluster behind that address
+    python jobs/doctor.py --config ... --cluster cluster.yaml                  # is the file right, before `ray up`?
+
+Exits with 1 where something is to be done. The last line printed is JSON.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from pipeline.command_line import FAILURE_EXIT_CODE, ConfigurationError, parse, run_job, say
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, look, tell."""
+    optional = {
+        "cluster": "a cluster.yaml to look at, instead of a running cluster",
+        "trials": "trials of a sweep at once, 1 by default",
+    }
+    options = parse(__doc__ or "", arguments, optional=optional)
+    trials = options.trials or "1"
+    if not trials.isdigit() or int(trials) < 1:
+        raise ConfigurationError(f"--trials {trials}: has to be a whole number of at least 1")
+
+    from pipeline import cluster, doctor
+    from pipeline.cluster_file import cluster_file_problems
+    from pipeline.findings import Finding, fix, well
+
+    started = time.monotonic()
+    address = os.environ.get("RAY_ADDRESS")
+    counts = {True: 0, False: 0}
+
+    def tell(finding: Finding) -> None:
+        counts[finding.ok] += 1
+        say(finding.line)
+
+    if options.cluster is not None:
+        for problem in (problems := cluster_file_problems(options.cluster)):
+            tell(fix("cluster file", f"{options.cluster}: {problem}"))
+        if not problems:
+            tell(well("cluster file", f"{options.cluster} is what Ray takes"))
+    elif address is not None and address.startswith(("http://", "https://")):
+        for finding in doctor.outside_findings(address, "."):
+            tell(finding)
+        if not counts[False]:
+            counts[doctor.send_doctor(address, arguments, say)] += 1
+    else:
+        head = doctor.head_finding(address)
+        if head is not None:
+            tell(head)
+        if not counts[False]:
+            os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds that Ray tries a wrong token
+            try:
+                cluster.connect(options.debug, reads_data=False)
+            except ConnectionError as error:
+                tell(doctor.refused_finding(address, error))
+        if not counts[False]:
+            for finding in doctor.inside_findings(options.experiment, int(trials)):
+                tell(finding)
+    say(json.dumps({"well": not counts[False], "seconds": round(time.monotonic() - started, 1)}))
+    if counts[False]:
+        sys.exit(FAILURE_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    run_job(main)

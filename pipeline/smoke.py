@@ -1,0 +1,35 @@
+"""A training of ten steps on the real cluster, before the real thing."""
+
+from __future__ import annotations
+
+from pipeline import run_state, storage
+from pipeline.config import ExperimentConfig
+from pipeline.errors import UserError
+
+STEPS = 10
+SUFFIX = "-smoke"
+
+
+def smoke_config(config: ExperimentConfig) -> ExperimentConfig:
+    """The same training, cut after ten steps, as a run of its own beside the real one's."""
+    train = config.train.model_copy(update={"max_steps": STEPS, "log_every_steps": 1})
+    run = config.run.model_copy(update={"name": config.run.name + SUFFIX})
+    return config.model_copy(update={"train": train, "run": run})
+
+
+def forget_last_smoke(config: ExperimentConfig) -> None:
+    """Remove the run of an earlier smoke test: one that is finished would have nothing left to show.
+
+    Args:
+        config: as from `smoke_config`.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    folder = run_state.run_folder(config)
+    if not storage.exists(folder):
+        return
+    state = run_state.read_run(folder)
+    if not config.run.name.endswith(SUFFIX) or state is None or state.config["train"]["max_steps"] != STEPS:
+        raise UserError(f"{folder}: is not the run of a smoke test; move it away, or take another --run.name")
+    storage.delete_folder(folder)

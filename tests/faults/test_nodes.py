@@ -1,0 +1,81 @@
+"""A node that is lost, and one that is to be taken back: two nodes beside a head, on this machine."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cluster import HEALTH_CHECKS
+from pipeline.tracking import default_uri
+from tests.faults.conftest import sharing
+from tests.faults.processes import Job, assert_each_step_once, steps_done, wait_for_step, wait_until
+
+pytestmark = [pytest.mark.faults, pytest.mark.cluster]
+
+LAST_STEP = 12
+OUTAGE_SECONDS = 72.0  # what Ray's own settings gave
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    settings = {name.removeprefix("RAY_"): int(value) for name, value in HEALTH_CHECKS.items()}
+    memory = {"object_store_memory": 200 * 2**20}
+    root = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": settings, **memory},
+    )
+    cluster.trainers = [cluster.add_node(num_cpus=1, **memory) for _ in range(2)]
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_lost_node_costs_seconds_and_no_step(cluster: Any, start: Callable[..., Job], folder: Path) -> None:
+    """With as few as one worker allowed the training goes on without the node, its global batch the same."""
+    run_folder = folder / "runs" / "node"
+    options = ("--scaling.min_workers", "1", "--run.max_failures", "5", "--train.epochs", "4")
+    job = start("node", *sharing(2), *options, RAY_ADDRESS=cluster.address)
+    wait_for_step(job, run_folder, 3)
+    reached = steps_done(run_folder)
+    began = time.monotonic()
+    cluster.remove_node(cluster.trainers[0], allow_graceful=False)
+    wait_until(lambda: steps_done(run_folder) > reached + 2 or not job.is_running, "it goes on")
+    outage = time.monotonic() - began
+    outcome = job.end()
+    assert outcome.exit_code == 0, outcome.errors
+    assert outcome.last_line["steps"] == 2 * LAST_STEP
+    assert_each_step_once(default_uri(str(folder / "runs")), outcome.last_line["mlflow_run_id"], 2 * LAST_STEP)
+    print(f"went on {outage:.1f} s after the node was lost")  # noqa: T201
+    assert outage < OUTAGE_SECONDS
+
+
+def test_a_node_to_be_taken_back_is_saved_for(cluster: Any, start: Callable[..., Job], folder: Path) -> None:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    run_folder = folder / "runs" / "notice"
+    options = (
+        *("--checkpoints.every_steps", "1000", "--train.epochs", "4"),
+        *("--checkpoints.every_epochs", "4", "--train.evaluate_every_epochs", "4"),
+    )
+    job = start("notice", *sharing(2), *options, RAY_ADDRESS=cluster.address)
+    wait_for_step(job, run_folder, 2)
+    assert not list(run_folder.glob("checkpoint-*"))
+    workers = {node.node_id for node in cluster.trainers}
+    client = GcsClient(address=cluster.address)
+    deadline = int((time.time() + 120) * 1000)
+    for node_id in workers:
+        accepted, why_not = client.drain_node(node_id, 2, "taken back", deadline)  # 2: preemption
+        assert accepted, why_not
+    wait_until(lambda: list(run_folder.glob("checkpoint-*")), "a checkpoint for the notice")
+    content = json.loads((min(run_folder.glob("checkpoint-*")) / "checkpoint.json").read_text())
+    assert content["step"] < 2 * LAST_STEP
+    outcome = job.end()
+    assert outcome.exit_code == 0, outcome.errors
+    assert "a node is about to be taken back; the state of step" in outcome.output

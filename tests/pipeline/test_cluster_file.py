@@ -1,0 +1,166 @@
+"""cluster.yaml and its variants: right for Ray, safe, every key explained; a mistake in each is named."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import botocore.validate
+import pytest
+import yaml
+
+from pipeline.cluster_file import PLACEHOLDER, cluster_file_problems, read_cluster_file
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+AWS, GCP, ON_PREMISE = "cluster.yaml", "configs/cluster/gcp.yaml", "configs/cluster/onpremise.yaml"
+FILES = (AWS, GCP, ON_PREMISE)
+Content = dict[str, Any]
+
+
+def filled_in(name: str) -> Content:
+    """A shipped file with its placeholders replaced."""
+    text = (ROOT / name).read_text()
+    return read_text(re.sub(PLACEHOLDER + r"(?=/)", "registry.example", text).replace(PLACEHOLDER, "given"))
+
+
+def read_text(text: str) -> Content:
+    content: Content = yaml.safe_load(text)
+    return content
+
+
+def problems(content: Content, tmp_path: Path) -> list[str]:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return cluster_file_problems(str(path))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_shipped_files_only_want_to_be_filled_in(name: str, tmp_path: Path) -> None:
+    asked = cluster_file_problems(str(ROOT / name))
+    assert asked
+    assert [line for line in asked if not line.endswith(f"fill in {PLACEHOLDER}")] == []
+    assert problems(filled_in(name), tmp_path) == []
+
+
+def test_the_files_are_those_that_are_shipped() -> None:
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "configs/cluster").glob("*.yaml")}
+    assert found == set(FILES) - {AWS}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_is_explained(name: str) -> None:
+    """On its line, or on the line above."""
+    lines = (ROOT / name).read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if re.match(r"\s*(- )?[\w~./<]+:( |$)", line)]
+    assert len(keys) > 25
+    bare = [lines[i] for i in keys if " # " not in lines[i] and not lines[i - 1].strip().startswith("#")]
+    assert bare == []
+
+
+def drop(*keys: str) -> Callable[[Content], None]:
+    def change(content: Content) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
+
+
+def put(value: Any, *keys: str) -> Callable[[Content], None]:
+    def change(content: Content) -> None:
+        for key in keys[:-1]:
+            content = content.setdefault(key, {})
+        content[keys[-1]] = value
+
+    return change
+
+
+TYPES = "available_node_types"
+MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
+    (AWS, put(3, "max_worker"), "max_worker"),
+    (AWS, put("worker", "head_node_type"), "head_node_type"),
+    (AWS, put("many", TYPES, "gpu", "max_workers"), "available_node_types.gpu.max_workers: 'many' is not of type"),
+    (AWS, drop(TYPES, "gpu", "resources"), "'resources' is a required property"),
+    (AWS, drop("provider"), "provider"),
+    (AWS, put({"ubuntu": 1}, "auth"), "auth"),
+    (AWS, put("registry.example/mask-rcnn-on-ray", "docker", "image"), "may be another one tomorrow"),
+    (AWS, put("registry.example/x:latest", "docker", "image"), "may be another one tomorrow"),
+    (AWS, put("registry.example/other:1", "docker", "head_image"), "docker.head_image: .* is another image"),
+    (AWS, put({"worker_image": "registry.example/b:1"}, TYPES, "gpu", "docker"), "gpu.docker.worker_image: .* another"),
+    (AWS, put(["--env RAY_AUTH_MODE=token"], "docker", "run_options"), "--shm-size"),
+    (AWS, put(["--shm-size=8g"], "docker", "run_options"), "RAY_AUTH_MODE=token"),
+    (AWS, put({}, "file_mounts"), "no node knows the token"),
+    (AWS, put(8, TYPES, "head", "resources", "CPU"), "available_node_types.head.resources: needs CPU: 0"),
+    (AWS, drop(TYPES, "ingest", "node_config", "SecurityGroupIds"), "ingest.node_config.SecurityGroupIds: name"),
+    (AWS, put(False, "provider", "use_internal_ips"), "public addresses"),
+    (
+        AWS,
+        put([{"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}], "provider", "security_group", "IpPermissions"),
+        "provider.security_group.IpPermissions.IpRanges.CidrIp: 0.0.0.0/0 lets the whole world in",
+    ),
+    (AWS, drop("setup_commands"), "Ray installs a build of its own"),
+    (AWS, put(["ray start --head"], "head_start_ray_commands"), "--autoscaling-config"),
+    (AWS, put(9, TYPES, "gpu", "max_workers"), "9 nodes cannot be had, max_workers of the cluster is 6"),
+    (AWS, put(5, TYPES, "gpu", "min_workers"), "min_workers: is more than its max_workers"),
+    (GCP, put("a", TYPES, "gpu", "node_types"), "node_types"),
+    (GCP, drop("provider", "use_internal_ips"), "public addresses"),
+    (
+        GCP,
+        put([{"subnetwork": "a", "accessConfigs": [{"type": "ONE_TO_ONE_NAT"}]}],
+            TYPES, "ingest", "node_config", "networkInterfaces"),
+        "ingest.node_config.networkInterfaces: accessConfigs is a public address",
+    ),
+    (GCP, put(4, TYPES, "head", "resources", "CPU"), "needs CPU: 0"),
+    (ON_PREMISE, drop("provider", "head_ip"), "head_ip"),
+    (ON_PREMISE, put("10.0.0.11", "provider", "worker_ips"), "worker_ips"),
+    (ON_PREMISE, put(["ray start --head --autoscaling-config=a"], "head_start_ray_commands"), "add --num-cpus=0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), MISTAKES)
+def test_a_mistake_is_named(name: str, change: Callable[[Content], None], expected: str, tmp_path: Path) -> None:
+    content = copy.deepcopy(filled_in(name))
+    change(content)
+    found = problems(content, tmp_path)
+    assert len(found) == 1, found
+    assert re.search(expected, found[0]), found
+    assert "\n" not in found[0]
+
+
+def _ec2_problems(node_config: Content) -> str:
+    """What EC2's own description of RunInstances says of a node; Ray takes SubnetIds in place of SubnetId."""
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    parameters = {**node_config, "SubnetId": node_config["SubnetIds"][0], "MinCount": 1, "MaxCount": 1}
+    del parameters["SubnetIds"]
+    report: str = botocore.validate.ParamValidator().validate(parameters, shape).generate_report()
+    return report
+
+
+def test_nodes_are_what_ec2_takes() -> None:
+    types = filled_in(AWS)[TYPES]
+    assert {name: _ec2_problems(node["node_config"]) for name, node in types.items()} == dict.fromkeys(types, "")
+    wrong = {**types["gpu"]["node_config"], "InstanceMarketOption": {"MarketType": "spot"}}
+    assert 'Unknown parameter in input: "InstanceMarketOption"' in _ec2_problems(wrong)
+
+
+def test_gpus_are_spot_and_eight() -> None:
+    for name in (AWS, GCP):
+        types = filled_in(name)[TYPES]
+        assert types["gpu"]["resources"]["GPU"] * types["gpu"]["max_workers"] == 8
+        assert "GPU" not in types["ingest"]["resources"]
+    assert filled_in(AWS)[TYPES]["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert filled_in(GCP)[TYPES]["gpu"]["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        read_cluster_file(str(tmp_path / "none.yaml"))
+    for content, expected in (("a: [", "is no YAML"), ("- a", "has to be a mapping")):
+        path = tmp_path / "bad.yaml"
+        path.write_text(content)
+        with pytest.raises(UserError, match=expected) as caught:
+            read_cluster_file(str(path))
+        assert "\n" not in str(caught.value)

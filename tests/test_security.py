@@ -1,0 +1,188 @@
+"""No code from data, no shell from configuration, no secret in what is kept, no port that the network reaches."""
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import MODEL_FILE, OPTIMIZER_FILE, load_model_state, load_optimizer_state
+from pipeline.command_line import ConfigurationError, parse
+from pipeline.errors import UserError
+from pipeline.initial_weights import load_initial_weights
+from pipeline.shards import ShardSet
+from tests.jobs.running import ROOT, environment, write_small_experiment
+from tests.jobs.sockets import beyond_loopback, descendants, listening
+
+SOURCES = [path for folder in ("jobs", "pipeline", "model") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file, by what is called: `torch.load`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def unsafe_calls(path: Path) -> list[str]:
+    """Calls that run what they are given: as code, as a pickle, or in a shell."""
+    found = []
+    for name, call in calls(path):
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+
+        def given(argument: str, keywords: dict[str | None, ast.expr] = keywords) -> object:
+            value = keywords.get(argument)
+            return value.value if isinstance(value, ast.Constant) else value
+
+        bad = name in ("eval", "exec", "compile", "os.system", "os.popen", "subprocess.getoutput", "yaml.load") or (
+            name.endswith(("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "marshal.loads"))
+        )
+        bad |= name == "torch.load" and given("weights_only") is not True
+        bad |= name in ("np.load", "numpy.load") and given("allow_pickle") not in (None, False)
+        bad |= name.startswith(("subprocess.", "asyncio.create_subprocess")) and (
+            given("shell") not in (None, False) or name.endswith("_shell")
+        )
+        if bad:
+            found.append(f"{path.name}:{call.lineno}: {name}")
+    return found
+
+
+def test_nothing_is_unpickled_and_no_shell_is_started() -> None:
+    assert len(SOURCES) > 80
+    assert [line for path in SOURCES for line in unsafe_calls(path)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load('a')", "torch.load('a', weights_only=False)", "pickle.load(file)", "eval(text)", "yaml.load(text)",
+        "subprocess.run(text, shell=True)", "os.system(text)", "np.load(path, allow_pickle=True)", "exec(code)",
+        "asyncio.create_subprocess_shell(text)",
+    ],
+)  # fmt: skip
+def test_an_unsafe_call_is_found(code: str, tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(code)
+    assert len(unsafe_calls(tmp_path / "file.py")) == 1
+    (tmp_path / "file.py").write_text("torch.load('a', weights_only=True); subprocess.run([text]); np.load(path)")
+    assert unsafe_calls(tmp_path / "file.py") == []
+
+
+class Hostile:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_hostile_checkpoint_runs_nothing(form: str, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    hostile = tmp_path / "hostile"
+    if form == "torch":
+        torch.save({"state": Hostile(proof)}, hostile)
+    else:
+        hostile.write_bytes(pickle.dumps(Hostile(proof)))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
+        (folder / name).write_bytes(hostile.read_bytes())
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match=MODEL_FILE):
+        load_model_state(str(folder), model)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=OPTIMIZER_FILE):
+        load_optimizer_state(str(folder), torch.optim.SGD(model.parameters()))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_initial_weights(str(folder / MODEL_FILE), model)  # type: ignore[arg-type]
+    (folder / "manifest.json").write_bytes(hostile.read_bytes())
+    with pytest.raises((UserError, ValueError)):
+        ShardSet(str(folder))
+    assert not proof.exists()
+    with open(hostile, "rb") as file:  # and it is hostile: this is what a careless reader does
+        torch.load(file, weights_only=False) if form == "torch" else pickle.load(file)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.mlflow_uri", "http://me:hunter2@mlflow:5000"),
+        ("run.storage_path", "s3://AKIA:hunter2@bucket/runs"),
+        ("data.root", "s3://bucket/data?region=a&secret_key=hunter2"),
+        ("data.root", "https://host/data?X-Amz-Signature=hunter2"),
+    ],
+)
+def test_a_secret_in_the_configuration_is_refused_and_not_shown(key: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{key} has a password or key in its address") as caught:
+        parse("", [f"--{key}", value])
+    assert "hunter2" not in str(caught.value)
+    assert "MLFLOW_TRACKING_USERNAME" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["s3://bucket/data?endpoint_override=127.0.0.1:9000&scheme=http", "http://mlflow:5000/a:b", "gs://b@c/d"]
+)
+def test_addresses_without_a_secret_are_taken(value: str) -> None:
+    assert parse("", ["--data.root", value]).experiment.data.root == value
+
+
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-bucket",
+    "MLFLOW_TRACKING_PASSWORD": "secret-of-mlflow",
+    "RAY_AUTH_TOKEN": "secret-of-the-cluster-0123456789",
+}
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For Ray, whose unix sockets below it may have 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.cluster
+def test_a_training_hears_the_loopback_alone_and_keeps_no_secret(tmp_path: Path, short_folder: Path) -> None:
+    """The store with which torch's workers find each other is the one exception: PyTorch binds it to every address."""
+    config = write_small_experiment(tmp_path, train={"epochs": 1})
+    seen: dict[str, str] = {}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "jobs/train.py", "--config", str(config), "--debug"],
+            stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
+            env={**environment(), **SECRETS, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(short_folder)},
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                seen |= listening(descendants(process.pid))
+                time.sleep(0.2)
+        finally:  # nothing is left where the test is interrupted
+            for started in descendants(process.pid) if process.poll() is None else ():
+                os.kill(started, signal.SIGKILL)
+    text = (tmp_path / "log").read_text(errors="replace")
+    assert process.returncode == 0, text[-3000:]
+    assert any("raylet" in holder for holder in seen.values())
+    assert any("gcs_server" in holder for holder in seen.values())
+    reached = beyond_loopback(seen)
+    assert {name: holder for name, holder in reached.items() if "TrainWorker" not in holder} == {}
+    assert len(reached) <= 1, reached
+    kept = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"mlflow.db", "run.json", "result.json", "config.json"} <= {path.name for path in kept}
+    logs = [path for path in short_folder.rglob("logs/*") if path.is_file()]
+    assert len(logs) > 5
+    for secret in SECRETS.values():
+        assert secret not in text
+        assert [str(path) for path in [*kept, *logs] if secret.encode() in path.read_bytes()] == []
+    assert json.loads(text.strip().splitlines()[-1])["steps"] > 0
