@@ -149,8 +149,8 @@ def run_parts(options: argparse.Namespace, folder: Path, deadline: float) -> lis
     beside: list[Running] = []
     if not options.no_cpu and len(cores) >= OWN_CORES + 2:
         budget = str(deadline - time.monotonic() - 10)
-        arguments = ("benchmarks/cpu.py", "--out", str(options.out.resolve()), "--budget", budget)
-        beside.append(start("cpu", arguments, folder, set(cores[OWN_CORES:])))
+        of_cpu = ("benchmarks/cpu.py", "--out", str(options.out.resolve()), "--budget", budget)
+        beside.append(start("cpu", of_cpu, folder, set(cores[OWN_CORES:])))
         others = set(cores[:OWN_CORES])
     ended: list[dict[str, Any]] = []
     (options.out / "gpu.log").write_text("")

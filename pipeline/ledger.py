@@ -25,12 +25,14 @@ class StepLedger:
     """Times parts of every tenth step by hooks of the model and the optimiser; on a GPU by events, without a wait.
 
     backward counts from the end of the last forward pass to the update, with the exchange and the clipping in it;
-    all_reduce is what DistributedDataParallel itself measures of its exchange (0 with one worker).
+    all_reduce is what DistributedDataParallel itself measures of its exchange (0 with one worker). copy is the host's
+    time for it. A step that ends without an update is left out.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._sampling = False
+        self._step, self._sampling = -1, False
+        self._of_step: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
         self._intervals: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
         self._forward_begins: Mark = 0.0
         self._forward_ended: Mark | None = None
@@ -44,14 +46,17 @@ class StepLedger:
 
     def next_batch(self, step: int, batches: Iterator[Batch], to_device: Callable[[Batch], Batch]) -> Batch:
         """The next batch on the device; a step is sampled from its first batch on."""
-        self._sampling = step % SAMPLED_EVERY == 0
+        if step != self._step:
+            self._step, self._sampling = step, step % SAMPLED_EVERY == 0
+            self._of_step.clear()
+            self._forward_ended = None
         started = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
         batch = to_device(batch)
         if self._sampling:
-            self._intervals["data_wait"].append((started, arrived))
-            self._intervals["copy"].append((arrived, time.perf_counter()))
+            self._of_step["data_wait"].append((started, arrived))
+            self._of_step["copy"].append((arrived, time.perf_counter()))
         return batch
 
     def means(self) -> dict[str, float]:
@@ -78,22 +83,25 @@ class StepLedger:
     def _before_forward(self, *_: Any) -> None:
         if self._sampling and torch.is_grad_enabled():
             if self._forward_ended is not None:  # of the batch before, of several a step
-                self._intervals["backward"].append((self._forward_ended, self._mark()))
+                self._of_step["backward"].append((self._forward_ended, self._mark()))
             self._forward_begins = self._mark()
 
     def _after_forward(self, *_: Any) -> None:
         if self._sampling and torch.is_grad_enabled():
             self._forward_ended = self._mark()
-            self._intervals["forward"].append((self._forward_begins, self._forward_ended))
+            self._of_step["forward"].append((self._forward_begins, self._forward_ended))
 
     def _before_update(self, *_: Any) -> None:
         if self._sampling and self._forward_ended is not None:
             self._update_begins = self._mark()
-            self._intervals["backward"].append((self._forward_ended, self._update_begins))
+            self._of_step["backward"].append((self._forward_ended, self._update_begins))
 
     def _after_update(self, *_: Any) -> None:
         if self._sampling and self._forward_ended is not None:
-            self._intervals["optimizer"].append((self._update_begins, self._mark()))
+            self._of_step["optimizer"].append((self._update_begins, self._mark()))
+            for name, intervals in self._of_step.items():
+                self._intervals[name] += intervals
+            self._of_step.clear()
             self._samples += 1
         self._forward_ended = None
 

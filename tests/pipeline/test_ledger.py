@@ -76,3 +76,12 @@ def test_only_every_tenth_step_is_sampled_and_evaluation_never() -> None:
     with torch.no_grad():
         ledger._model(small_batch(1))
     assert len(ledger._intervals["forward"]) == 2
+
+
+def test_a_step_without_an_update_is_left_out() -> None:
+    ledger = run_steps(1)
+    before = ledger.means()
+    batch = ledger.next_batch(SAMPLED_EVERY, slow_batches(), to_device)
+    ledger._model(batch).backward()  # and no update
+    ledger.next_batch(2 * SAMPLED_EVERY, slow_batches(), to_device)
+    assert ledger.means() == before
