@@ -16,10 +16,10 @@ RUNS ?= runs
 MLFLOW_PORT ?= 5000
 PACKAGES := jobs pipeline model
 
-.PHONY: help setup train test test-faults simulate lint format types imports check bench submit ui mlflow lock clean
+.PHONY: help setup train test test-faults simulate lint format types imports check bench bench-report submit ui mlflow lock clean
 
 help:  ## list the entries
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup:  ## virtual environment from requirements.lock (skipped while the lock is unchanged)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
@@ -49,8 +49,12 @@ imports: setup  ## the import contracts: jobs -> pipeline -> model
 
 check: lint types imports test  ## everything that has to be green before a commit
 
-bench: setup  ## speed of the training step's parts on this machine
-	@$(BIN)/python benchmarks/step.py
+bench: setup  ## the quick form of every benchmark of a CPU, beside its peers, to benchmarks/results
+	@$(BIN)/python benchmarks/cpu.py --quick --budget 600 --out benchmarks/results
+	@$(BIN)/python benchmarks/memory.py --quick --json benchmarks/results/memory.json
+
+bench-report:  ## README's table of performance, from benchmarks/results
+	@$(BIN)/python benchmarks/report.py
 
 submit: setup  ## the demo as a Ray job: start a head node on the loopback, submit, follow, end it
 	@$(BIN)/python jobs/submit.py --config $(CONFIG) --storage_path $(RUNS) --run.name submitted $(ARGS)

@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --out FOLDER --budget 520      # FOLDER: default $OUT, else the present one
 
 Needs torch, torchvision, pydantic, PyYAML and pytest. Each part is a process of its own with a time limit, so that one
-that fails or hangs leaves the others their time; the CPU's training step runs beside them on two cores of its own, as
-a check of bf16 where the processor has it. Writes gpu.json (all rows) and gpu.log (all output), and prints tables last.
+that fails or hangs leaves the others their time. The benchmarks of a CPU (cpu.py) run beside them on cores of their
+own, which shows bf16 where the processor has it. Writes gpu.json (all rows) and gpu.log (all output), and prints tables
+last.
 """
 
 import argparse
@@ -17,6 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from benchmarks.cpu import physical_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = ("benchmarks/gpu_step.py", "--part")
@@ -31,7 +36,7 @@ PARTS: list[tuple[str, int, tuple[str, ...]]] = [
 ]
 """Name, most seconds, arguments of the interpreter; the most important first."""
 
-CPU_SIZES = (512, 256)
+OWN_CORES = 2  # physical ones, for what drives the GPU
 
 
 @dataclass
@@ -119,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="where files go")
     parser.add_argument("--budget", type=float, default=520, help="seconds for everything")
     parser.add_argument("--parts", nargs="+", default=[name for name, _, _ in PARTS], help="which, in their order")
-    parser.add_argument("--no-cpu", action="store_true", help="leave the CPU's training step out")
+    parser.add_argument("--no-cpu", action="store_true", help="leave the benchmarks of a CPU out")
     options = parser.parse_args()
     deadline = time.monotonic() + options.budget
     with tempfile.TemporaryDirectory() as folder:
@@ -139,14 +144,14 @@ def run_parts(options: argparse.Namespace, folder: Path, deadline: float) -> lis
         The rows that the parts wrote.
     """
     rows_file = folder / "rows.jsonl"
-    cores = sorted(os.sched_getaffinity(0))
-    others = set(cores)
+    cores = physical_cores(os.sched_getaffinity(0))
+    others = os.sched_getaffinity(0)
     beside: list[Running] = []
-    if not options.no_cpu and len(cores) > len(CPU_SIZES) + 1:
-        for size, core in zip(CPU_SIZES, cores[-len(CPU_SIZES) :], strict=True):
-            sizes = ("--size", str(size), "--rounds", "4", "--json", str(folder / f"cpu_{size}.json"))
-            beside.append(start(f"cpu_{size}", ("benchmarks/train_step.py", *sizes), folder, {core}))
-            others.discard(core)
+    if not options.no_cpu and len(cores) >= OWN_CORES + 2:
+        budget = str(deadline - time.monotonic() - 10)
+        of_cpu = ("benchmarks/cpu.py", "--out", str(options.out.resolve()), "--budget", budget)
+        beside.append(start("cpu", of_cpu, folder, set(cores[OWN_CORES:])))
+        others = set(cores[:OWN_CORES])
     ended: list[dict[str, Any]] = []
     (options.out / "gpu.log").write_text("")
 
@@ -154,11 +159,10 @@ def run_parts(options: argparse.Namespace, folder: Path, deadline: float) -> lis
         ended.append(finish(running, limit))
         with (options.out / "gpu.log").open("a") as file:
             file.write(f"--- {running.name}\n{running.log.read_text(errors='replace')}\n")
-        cpu = [json.loads(path.read_text()) for path in sorted(folder.glob("cpu_*.json"))]
-        report = {"parts": ended, "rows": rows_of(rows_file), "cpu": cpu}
+        report = {"parts": ended, "rows": rows_of(rows_file)}
         (options.out / "gpu.json").write_text(json.dumps(report, indent=1))
-        if running.name == "tests" or running.name.startswith("cpu"):
-            print("\n".join(running.log.read_text(errors="replace").splitlines()[-28:]), flush=True)
+        if running.name in ("tests", "cpu"):
+            print("\n".join(running.log.read_text(errors="replace").splitlines()[-50:]), flush=True)
 
     for name, limit, arguments in PARTS:
         left = deadline - time.monotonic() - 5

@@ -57,7 +57,7 @@ TWO_WORKERS: dict[str, Any] = {"scaling.num_workers": 2, "train.batch_size_per_w
 INGREDIENTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "sgd_nesterov": {
-        "optim.name": "sgd", "optim.nesterov": True, "optim.learning_rate": 0.05, "optim.weight_decay": 1e-4,
+        "optim.name": "sgd", "optim.nesterov": True, "optim.learning_rate": 0.02, "optim.weight_decay": 1e-4,
     },
     "multistep": {"optim.schedule": "multistep", "optim.milestones": [500, 670]},
     "ema": {"optim.ema_decay": 0.99},

@@ -1,6 +1,6 @@
 """What the parts of a training step cost: the demo's model and batch, one thread, variants interleaved, medians.
 
-    python benchmarks/step.py            # or: make bench
+    python benchmarks/step.py
 
 Ratios are CPU time (GPU: wall time) of a variant over that of the default: more than 1 is slower.
 """

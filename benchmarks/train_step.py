@@ -8,7 +8,6 @@ Ratios are the time of torchvision in fp32 over that of the variant: more than 1
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from benchmarks import peers
+from benchmarks.results import Table, has_bf16, show
 
 BATCH_SIZE = 2
 
@@ -29,12 +29,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="side of the images")
     parser.add_argument("--positives", type=int, default=32, help="positive regions an image, of 512")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each variant")
+    parser.add_argument("--quick", action="store_true", help="128 px, two rounds")
     parser.add_argument("--fp32-only", action="store_true", help="for processors that only emulate bf16")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    size, rounds = (128, 2) if options.quick else (options.size, options.rounds)
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    batch = peers.make_batch(BATCH_SIZE, (options.size, options.size), device)
+    batch = peers.make_batch(BATCH_SIZE, (size, size), device)
     proposals = peers.make_proposals(batch, options.positives)
     theirs = peers.torchvision_model(device)
     ours = peers.our_model(theirs, device)
@@ -43,13 +45,13 @@ def main() -> None:
         "torchvision fp32": peers.their_step(theirs, batch, proposals, None),
         "ours fp32": peers.our_step(ours, batch, proposals, None),
     }
-    if not options.fp32_only:
+    if has_bf16() and not options.fp32_only:
         variants["torchvision bf16, channels last"] = peers.their_step(
             theirs, batch, proposals, half, torch.channels_last
         )
         variants["ours bf16"] = peers.our_step(ours, batch, proposals, half)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(options.rounds + 1):
+    for number in range(rounds + 1):
         for name, step in variants.items():
             started = time.process_time()
             step()
@@ -58,15 +60,22 @@ def main() -> None:
     if not (peers.all_finite(theirs) and peers.all_finite(ours)):
         raise RuntimeError("weights are not finite; the timing would mean nothing")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(
-        f"training step, {options.size} px, batch {BATCH_SIZE}, ResNet-50, 512 regions an image, {options.positives} "
-        f"positive, CPU, one thread, medians of {options.rounds}"
+    title = (
+        f"training step, {size} px, batch {BATCH_SIZE}, ResNet-50, 512 regions an image, {options.positives} positive, "
+        f"one thread, CPU time, medians of {rounds}"
     )
-    for name, median in medians.items():
-        ratios = [f"x {medians[peer] / median:.2f} of {peer}" for peer in medians if peer.startswith("torchvision")]
-        print(f"{name:34s} {median:7.2f} s   {'   '.join(ratios)}")
-    if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "seconds": seconds}, indent=1))
+    peer = "torchvision bf16, channels last"
+    rows = [
+        [
+            name,
+            f"{median:.2f}",
+            f"{medians['torchvision fp32'] / median:.2f}",
+            f"{medians[peer] / median:.2f}" if peer in medians else "-",
+        ]
+        for name, median in medians.items()
+    ]
+    columns = ["variant", "s", "times torchvision fp32", "times torchvision bf16"]
+    show(Table("train_step", title, columns, rows, {"seconds": seconds}), options.json)
 
 
 if __name__ == "__main__":

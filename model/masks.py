@@ -51,8 +51,8 @@ def paste_masks_in_boxes(
         top, left = max(y0, 0), max(x0, 0)
         bottom, right = min(y1 + 1, height), min(x1 + 1, width)
         resized = F.interpolate(mask[None, None], size=(box_height, box_width), mode="bilinear", align_corners=False)
-        crop = resized[0, 0, top - y0 : max(bottom, top) - y0, left - x0 : max(right, left) - x0] > 0.5
-        pasted.append((top, left, crop.numpy()))
+        crop = resized.numpy()[0, 0, top - y0 : max(bottom, top) - y0, left - x0 : max(right, left) - x0] > 0.5
+        pasted.append((top, left, crop))
     return pasted
 
 
@@ -77,24 +77,22 @@ def run_lengths(crop: npt.NDArray[np.bool_], top: int, left: int, height: int, w
     Returns:
         Lengths that add up to height * width.
     """
-    total = height * width
-    if crop.size == 0 or not crop.any():
+    total, h, w = height * width, *crop.shape
+    # Where a pixel differs from the one above it a run starts or ends; a row of zeros above and below ends them all.
+    # Row by row and then sorted: cheaper than to turn the crop into columns first.
+    framed = np.zeros((h + 2, w), dtype=bool)
+    framed[1:-1] = crop
+    change = np.flatnonzero(framed[1:] != framed[:-1])
+    if not change.size:
         return [total]
-    # One zero below each column keeps runs of neighbouring columns apart; the other marks the start of the first.
-    columns = np.zeros((crop.shape[1], crop.shape[0] + 1), dtype=np.int8)
-    columns[:, :-1] = crop.T
-    change = np.flatnonzero(np.diff(columns.ravel(), prepend=0))  # starts and ends of runs, alternating
-    column, row = np.divmod(change, crop.shape[0] + 1)
+    row, column = np.divmod(change, w)
     position = (left + column) * height + top + row
-    # A run that ends at the bottom of a full-height crop and one that starts at the next column's top are one run.
-    joined = np.flatnonzero(position[1:-1:2] == position[2::2]) * 2 + 1
-    position = np.delete(position, np.concatenate([joined, joined + 1]))
-    return np.diff(np.concatenate([[0], position, [total]])).tolist() if position[-1] < total else _open_end(position)
-
-
-def _open_end(position: npt.NDArray[np.int64]) -> list[int]:
-    """Run lengths of a mask that reaches the last pixel: no zeros follow."""
-    lengths: list[int] = np.diff(np.concatenate([[0], position])).tolist()
+    position.sort()  # starts and ends of runs, alternating
+    if h == height:  # a run that ends at the bottom and one that starts at the next column's top are one run
+        joined = np.flatnonzero(position[1:-1:2] == position[2::2]) * 2 + 1
+        position = np.delete(position, np.concatenate([joined, joined + 1]))
+    ends = [position, [total]] if position[-1] < total else [position]
+    lengths: list[int] = np.diff(np.concatenate([[0], *ends])).tolist()
     return lengths
 
 

@@ -200,15 +200,18 @@ def local_folder(path: str) -> Iterator[str]:
 
 
 def check_writable(run_folder: str) -> None:
-    """Write a file into a run's folder and remove it, so that a storage out of reach shows at once.
+    """See whether a run's folder can be written, so that a storage out of reach shows at once; nothing is left behind.
 
     Raises:
         UserError: it cannot be written.
     """
     probe = storage.join(run_folder, ".writable")
     try:
+        existed = storage.exists(run_folder)
         storage.write_bytes(probe, b"x")
         storage.delete_file(probe)
+        if not existed:
+            storage.delete_folder(run_folder)
     except OSError as error:
         raise UserError(f"run.storage_path: {run_folder} cannot be written ({error})") from error
 

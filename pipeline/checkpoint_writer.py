@@ -55,7 +55,7 @@ class CheckpointWriter:
 
 def checkpoint_bytes(model: MaskRCNN, optimizer: torch.optim.Optimizer, averaged: MaskRCNN | None) -> int:
     """About how large a checkpoint is: weights, their average, and what the optimiser keeps for each of them."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    weights: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     learning: int = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-    kept_of_each = 2 if isinstance(optimizer, torch.optim.AdamW) else int(optimizer.defaults["momentum"] > 0)
+    kept_of_each = 2 if isinstance(optimizer, torch.optim.AdamW) else int(bool(optimizer.defaults["momentum"]))
     return weights * (2 if averaged is not None else 1) + learning * kept_of_each

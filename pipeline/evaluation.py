@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.folded import folded
 from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
 from model.postprocess import to_original
@@ -169,27 +170,24 @@ def evaluate_rows(
     dtype: torch.dtype | None,
     recall: bool = False,
 ) -> list[EvaluatedRow]:
-    """Ground truth and results of some rows, on request with the recall of the proposals.
+    """Ground truth and results of some rows, by a copy of the model that is made for inference (`model.folded`).
 
-    The model is left in the mode it was in.
+    On request with the recall of the proposals.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        return [
-            EvaluatedRow(
-                values["row"],
-                values["height"],
-                values["width"],
-                ground_truth(values),
-                coco_results(values, detections, shards.manifest, model.config.detections.whole_pixels),
-                _proposal_recall(values, proposals) if proposals is not None else None,
-            )
-            for group in row_groups(shards, rows, batch_size)
-            for values, detections, proposals in _predict(model, shards.manifest, group, dtype, recall)
-        ]
-    finally:
-        model.train(was_training)
+    whole_pixels = model.config.detections.whole_pixels
+    judged = folded(model, dtype)
+    return [
+        EvaluatedRow(
+            values["row"],
+            values["height"],
+            values["width"],
+            ground_truth(values),
+            coco_results(values, detections, shards.manifest, whole_pixels),
+            _proposal_recall(values, proposals) if proposals is not None else None,
+        )
+        for group in row_groups(shards, rows, batch_size)
+        for values, detections, proposals in _predict(judged, shards.manifest, group, dtype, recall)
+    ]
 
 
 def _proposal_recall(values: dict[str, Any], proposals: torch.Tensor) -> RecallCounts:

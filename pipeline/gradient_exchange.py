@@ -31,7 +31,7 @@ def pin_arithmetic(config: ExperimentConfig, device_type: str) -> None:
         torch.set_num_threads(config.scaling.cpus_per_worker)
     several = device_type == "cpu" and config.scaling.cpus_per_worker > 1 and config.train.deterministic is None
     if config.train.deterministic or several:
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nobody reads it
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 

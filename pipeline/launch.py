@@ -424,6 +424,7 @@ def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> 
     return {
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
+        "step_seconds": {name: round(value, 5) for name, value in result.return_value["step_seconds"].items()},
         "steps": result.return_value["steps"],
         "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),

@@ -214,7 +214,7 @@ class Tracker:
             self._problem = f"MLflow: {artifact_path} could not be recorded ({error})"
             return
         for name in names:
-            self._keep(lambda name=name: self._journal.keep_copy(os.path.join(folder, name)), name, artifact_path)
+            self._keep(partial(self._journal.keep_copy, os.path.join(folder, name)), name, artifact_path)
 
     def _append_file(self, content: bytes, name: str, to: str | None) -> None:
         self._keep(lambda: self._journal.keep_file(content, name), name, to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,19 @@ def compress_gradients(model: nn.Module, compression: str) -> None:
     if isinstance(model, DistributedDataParallel) and compression != "none":
         hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
         model.register_comm_hook(None, hooks[compression])
+
+
+def data_parallel_options(accumulation_steps: int) -> dict[str, Any]:
+    """How DistributedDataParallel exchanges gradients.
+
+    They are views into the buckets that are sent, so that nothing is copied and no second 176 MB (ResNet-50) are held.
+    Every parameter takes part in every step (`MaskRCNN.forward`), so the graph is static; not so where some backward
+    passes of a step do not exchange.
+
+    Args:
+        accumulation_steps: backward passes a step.
+    """
+    return {"gradient_as_bucket_view": True, "static_graph": accumulation_steps == 1}
 
 
 def autocast(dtype: torch.dtype | None, device_type: str) -> torch.autocast:

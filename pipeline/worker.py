@@ -37,6 +37,7 @@ from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, 
 from pipeline.freezing import freeze
 from pipeline.gradient_exchange import adds_in_fixed_order, exchange_gradients, pin_arithmetic
 from pipeline.initial_weights import load_initial_weights
+from pipeline.ledger import StepLedger
 from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
@@ -50,6 +51,7 @@ from pipeline.training import (
     STEP_METRICS,
     NonFiniteLossError,
     autocast_dtype,
+    data_parallel_options,
     gradient_scaler,
     train_step,
 )
@@ -188,6 +190,7 @@ class Worker:
         self.gloo = self._object_group()
         shared = (self.store.run_folder, self.last_step, self.rank, self.num_workers, self.share.passes, self.dtype)
         self.bad_steps = BadSteps(self.config, self.plan, self._load_block(), self.shards, *shared, self.gloo)
+        self.ledger: StepLedger | None = None
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint of the run, else begin with the run's initial weights.
@@ -256,9 +259,13 @@ class Worker:
             return
         import ray.train.torch
 
-        parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
+        options = data_parallel_options(self.share.passes)
+        parallel: nn.Module = ray.train.torch.prepare_model(
+            self.model, move_to_device=False, parallel_strategy_kwargs=options
+        )
         fixed_order = adds_in_fixed_order(self.config, self.device.type, self.num_workers)
         exchange_gradients(parallel, self.config.train.gradient_compression, fixed_order)
+        ledger = self.ledger = StepLedger(parallel, self.optimizer, self.device)
         parallel.train()
         evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
         checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
@@ -273,7 +280,8 @@ class Worker:
         while self.step < self.last_step and not self.stopped:
             waiting_since = time.monotonic()
             self.pulse.at(self.step, "waiting for data of step")
-            of_step = [self._on_device(next(batches)) for _ in range(self.share.passes)]
+            passes = range(self.share.passes)
+            of_step = [ledger.next_batch(self.step, batches, self._on_device) for _ in passes]
             pace.waited += time.monotonic() - waiting_since
             self.pulse.at(self.step, "step")
             fetched.append(self._train_step(parallel, of_step))
@@ -306,6 +314,7 @@ class Worker:
         return {
             "steps": self.step,
             "images_per_second": round(self._speed(), 2),
+            "step_seconds": self.ledger.means() if self.ledger is not None else {},
             "metrics": self.metrics,
             "stopped": self.stopped,
         }
@@ -371,6 +380,7 @@ class Worker:
         images_per_second = pace.steps * self.config.global_batch_size / seconds
         rows = values.tolist()
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
+        step_seconds = self.ledger.means() if self.ledger is not None else {}
         to_log: list[tuple[int, dict[str, float]]] = []
         for offset, row in enumerate(rows):
             if is_bad(row):
@@ -380,6 +390,7 @@ class Worker:
                 "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
                 "images_per_second": images_per_second,
                 "data_wait_fraction": pace.waited / seconds,
+                **step_seconds,
             }
             to_log.append((first_step + offset + 1, self.step_metrics))
         self._log_rows(to_log)

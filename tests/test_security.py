@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,9 +164,13 @@ def test_a_training_hears_the_loopback_alone_and_keeps_no_secret(tmp_path: Path,
             stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
             env={**environment(), **SECRETS, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(short_folder)},
         )  # fmt: skip
-        while process.poll() is None:
-            seen |= listening(descendants(process.pid))
-            time.sleep(0.2)
+        try:
+            while process.poll() is None:
+                seen |= listening(descendants(process.pid))
+                time.sleep(0.2)
+        finally:  # nothing is left where the test is interrupted
+            for started in descendants(process.pid) if process.poll() is None else ():
+                os.kill(started, signal.SIGKILL)
     text = (tmp_path / "log").read_text(errors="replace")
     assert process.returncode == 0, text[-3000:]
     assert any("raylet" in holder for holder in seen.values())

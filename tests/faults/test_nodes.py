@@ -57,11 +57,13 @@ def test_a_lost_node_costs_seconds_and_no_step(cluster: Any, start: Callable[...
 
 
 def test_a_node_to_be_taken_back_is_saved_for(cluster: Any, start: Callable[..., Job], folder: Path) -> None:
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     run_folder = folder / "runs" / "notice"
-    options = ("--checkpoints.every_steps", "1000", "--train.epochs", "4", "--checkpoints.every_epochs", "4")
-    options = (*options, "--train.evaluate_every_epochs", "4")
+    options = (
+        *("--checkpoints.every_steps", "1000", "--train.epochs", "4"),
+        *("--checkpoints.every_epochs", "4", "--train.evaluate_every_epochs", "4"),
+    )
     job = start("notice", *sharing(2), *options, RAY_ADDRESS=cluster.address)
     wait_for_step(job, run_folder, 2)
     assert not list(run_folder.glob("checkpoint-*"))
@@ -69,7 +71,8 @@ def test_a_node_to_be_taken_back_is_saved_for(cluster: Any, start: Callable[...,
     client = GcsClient(address=cluster.address)
     deadline = int((time.time() + 120) * 1000)
     for node_id in workers:
-        client.drain_node(node_id, 2, "taken back", deadline)  # 2: preemption
+        accepted, why_not = client.drain_node(node_id, 2, "taken back", deadline)  # 2: preemption
+        assert accepted, why_not
     wait_until(lambda: list(run_folder.glob("checkpoint-*")), "a checkpoint for the notice")
     content = json.loads((min(run_folder.glob("checkpoint-*")) / "checkpoint.json").read_text())
     assert content["step"] < 2 * LAST_STEP

@@ -30,7 +30,7 @@ def listening(processes: set[int]) -> dict[str, str]:
     holders = {}
     for process in processes:
         with contextlib.suppress(OSError):
-            command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
+            command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:300]
             for entry in Path(f"/proc/{process}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     holders[os.readlink(entry)] = command

@@ -222,17 +222,17 @@ def test_detections_and_full_masks(
 
     How far a probability is off in float32 hangs on the convolutions of the processor: see the next test for that.
     """
-    compare_detections(name, draw(), score_threshold, monkeypatch, tmp_path, precisely=False)
+    assert_both_detect_the_same(name, draw(), score_threshold, monkeypatch, tmp_path, precisely=False)
 
 
 @pytest.mark.parametrize("name", VERSIONS)
 @pytest.mark.usefixtures("everything_in_float64")
 def test_detections_and_full_masks_without_rounding(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In float64 not one pixel differs, and no probability by more than a millionth; smaller, since it is slow."""
-    compare_detections(name, real_views(160), 0.05, monkeypatch, tmp_path, precisely=True)
+    assert_both_detect_the_same(name, real_views(160), 0.05, monkeypatch, tmp_path, precisely=True)
 
 
-def compare_detections(
+def assert_both_detect_the_same(
     name: str, views: Views, score_threshold: float, monkeypatch: pytest.MonkeyPatch, folder: Path, precisely: bool
 ) -> None:
     theirs = theirs_at_random(name)

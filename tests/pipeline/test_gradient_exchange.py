@@ -34,7 +34,7 @@ def batch_of(step: int, rank: int) -> Batch:
 
 def train(first: int, last: int, state: Saved | None, fixed_order: bool, rank: int) -> Saved:
     torch.manual_seed(0)
-    model = MaskRCNN(CONFIG.model, num_classes=4)
+    model = MaskRCNN(CONFIG.model, num_classes=4).train()
     optimizer = build_optimizer(model, CONFIG.optim)
     if state is not None:
         model.load_state_dict(state["model"])
@@ -43,7 +43,7 @@ def train(first: int, last: int, state: Saved | None, fixed_order: bool, rank: i
     parallel = DistributedDataParallel(model, bucket_cap_mb=1)
     exchange_gradients(parallel, "none", fixed_order)
     for step in range(first, last):
-        train_step(parallel.train(), [batch_of(step, rank)], optimizer, CONFIG, step, STEPS, None)
+        train_step(parallel, [batch_of(step, rank)], optimizer, CONFIG, step, STEPS, None)
     # Copied: the training goes on with its own.
     return {
         "model": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -70,9 +70,9 @@ def mean_of_gradients(rank: int) -> tuple[Tensor, Tensor]:
 def steps_without_objects(rank: int) -> Saved:
     """One worker sees none in the first step, nobody in the second; a third step shows that nobody waits."""
     torch.manual_seed(0)
-    model = MaskRCNN(CONFIG.model, num_classes=4)
+    model = MaskRCNN(CONFIG.model, num_classes=4).train()
     optimizer = build_optimizer(model, CONFIG.optim)
-    parallel = DistributedDataParallel(model).train()
+    parallel = DistributedDataParallel(model)
     found: Saved = {}
     for step, empty in enumerate(([0], [0, 1, 2], [])):
         batch = batch_of(step, rank)

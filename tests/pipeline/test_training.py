@@ -24,6 +24,7 @@ from pipeline.training import (
     autocast_dtype,
     check_finite,
     compress_gradients,
+    data_parallel_options,
     gradient_scaler,
     total_loss,
     train_step,
@@ -101,7 +102,7 @@ def _worker(rank: int, num_workers: int, passes: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=num_workers)
     config = small_config()
     model = make_model(config)
-    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel = nn.parallel.DistributedDataParallel(model, **data_parallel_options(passes))
     exchanges = []
 
     def count(
@@ -173,7 +174,7 @@ def _compressing_worker(rank: int, compression: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     config = small_config()
     model = make_model(config)
-    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel = nn.parallel.DistributedDataParallel(model, **data_parallel_options(1))
     compress_gradients(parallel, compression)
     half = small_batch(NUM_IMAGES, part=slice(rank * 3, rank * 3 + 3))
     accumulate_gradients(parallel, [half], config.model.losses, None)

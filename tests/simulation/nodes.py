@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.jobs.running import Outcome, environment
+from tests.jobs.sockets import descendants
 
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 START_SECONDS = 180.0
@@ -51,10 +52,11 @@ class Nodes:
         )
 
     def stop(self, name: str) -> None:
-        """End a node by its process group, as sudden as a machine that goes."""
+        """End a node with all that it started, jobs too, as sudden as a machine that goes."""
         process = self._processes.pop(name)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for started in descendants(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(started, signal.SIGKILL)
         process.wait()
 
     def stop_all(self) -> None:

@@ -1,0 +1,87 @@
+"""Times of the parts of a step: sampled, complete, and about right."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.structures import Batch
+from pipeline.ledger import PARTS, SAMPLED_EVERY, StepLedger
+from tests.pipeline.small import small_batch
+
+
+class Slow(nn.Module):
+    """A forward pass of 20 ms and a backward pass of 40."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, _: Batch) -> Tensor:
+        time.sleep(0.02)
+        loss = self.weight.sum()
+        if loss.requires_grad:
+            loss.register_hook(lambda _: time.sleep(0.04))  # type: ignore[no-untyped-call]
+        return loss
+
+
+def slow_batches() -> Iterator[Batch]:
+    batch = small_batch(1)
+    while True:
+        time.sleep(0.01)
+        yield batch
+
+
+def to_device(batch: Batch) -> Batch:
+    time.sleep(0.005)
+    return batch
+
+
+def run_steps(steps: int, passes: int = 1) -> StepLedger:
+    model = Slow()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ledger = StepLedger(model, optimizer, torch.device("cpu"))
+    batches = slow_batches()
+    assert ledger.means() == {}
+    for step in range(steps):
+        of_step = [ledger.next_batch(step, batches, to_device) for _ in range(passes)]
+        for batch in of_step:
+            model(batch).backward()
+        optimizer.step()
+    return ledger
+
+
+def test_parts_take_what_they_take() -> None:
+    means = run_steps(2).means()
+    assert set(means) == {f"seconds_{name}" for name in PARTS}
+    expected = {"data_wait": 0.01, "copy": 0.005, "forward": 0.02, "backward": 0.04}
+    for name, seconds in expected.items():
+        assert means[f"seconds_{name}"] >= seconds
+    assert means["seconds_backward"] > means["seconds_forward"] > means["seconds_copy"]
+    assert means["seconds_optimizer"] > 0
+    assert means["seconds_all_reduce"] == 0
+
+
+def test_several_batches_a_step_add_up() -> None:
+    means = run_steps(1, passes=2).means()
+    assert means["seconds_forward"] >= 0.04
+    assert means["seconds_backward"] >= 0.08
+    assert means["seconds_data_wait"] >= 0.02
+
+
+def test_only_every_tenth_step_is_sampled_and_evaluation_never() -> None:
+    ledger = run_steps(SAMPLED_EVERY + 2)
+    assert ledger._samples == 2
+    with torch.no_grad():
+        ledger._model(small_batch(1))
+    assert len(ledger._intervals["forward"]) == 2
+
+
+def test_a_step_without_an_update_is_left_out() -> None:
+    ledger = run_steps(1)
+    before = ledger.means()
+    batch = ledger.next_batch(SAMPLED_EVERY, slow_batches(), to_device)
+    ledger._model(batch).backward()  # and no update
+    ledger.next_batch(2 * SAMPLED_EVERY, slow_batches(), to_device)
+    assert ledger.means() == before
