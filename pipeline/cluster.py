@@ -96,6 +96,15 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
     return Placement(use_gpu, resources, total_cpus - scaling.num_workers * resources["CPU"])
 
 
+def most_workers(scaling: ScalingSettings) -> int:
+    """Workers that the cluster holds beside a CPU for data: on GPUs where it has some that it may use; at least 1."""
+    nodes = _nodes()
+    cpus = {"CPU": float(scaling.cpus_per_worker)}
+    on_gpus = _num_that_fit(nodes, {**cpus, "GPU": 1.0}) if scaling.accelerator != "cpu" else 0
+    left = int((sum(node.get("CPU", 0.0) for node in nodes) - MIN_CPUS_FOR_DATA) // scaling.cpus_per_worker)
+    return max(1, min(on_gpus or _num_that_fit(nodes, cpus), left))
+
+
 def _wait_for_nodes(
     scaling: ScalingSettings, resources: dict[str, float], shortage: str, say: Callable[[str], None]
 ) -> None:

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "data.shards",
     "data.object_store_megabytes",
     "run.",
+    "predict.",
 )
 
 
