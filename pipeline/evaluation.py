@@ -17,6 +17,7 @@ from pipeline.coco_metrics import coco_statistics
 from pipeline.sample import unpack_row_masks
 from pipeline.shards import Manifest, ShardSet
 from pipeline.training import autocast
+from pipeline.views import Viewing, detect_views, unite, views_of
 
 Json = dict[str, Any]
 
@@ -45,7 +46,12 @@ def rows_of_worker(num_rows: int, worker: int, num_workers: int) -> range:
 
 
 def predict_rows(
-    model: MaskRCNN, shards: ShardSet, rows: Iterable[int], batch_size: int, dtype: torch.dtype | None
+    model: MaskRCNN,
+    shards: ShardSet,
+    rows: Iterable[int],
+    batch_size: int,
+    dtype: torch.dtype | None,
+    viewing: Viewing | None = None,
 ) -> Iterator[tuple[dict[str, Any], Detections]]:
     """Detections of prepared rows in original pixels, masks not yet pasted.
 
@@ -55,10 +61,14 @@ def predict_rows(
         rows: which of them.
         batch_size: images a forward pass; only rows of one canvas share one.
         dtype: see `autocast_dtype`.
+        viewing: how to look at each image, of the size that it is stored at; None takes it as it is stored.
 
     Yields:
         The row as read, and what was found in it.
     """
+    if viewing is not None:
+        yield from _predict_views(model, shards, rows, dtype, viewing)
+        return
     device = next(model.parameters()).device
     waiting: dict[int, list[dict[str, Any]]] = {}
     for values in shards.read_rows(list(rows)):
@@ -89,6 +99,18 @@ def _predict(
         found = model.detect(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.tensor(sizes).to(device))
     for values, size, detections in zip(group, sizes, found, strict=True):
         yield values, to_original(detections, size, (values["height"], values["width"]), model.config)
+
+
+def _predict_views(
+    model: MaskRCNN, shards: ShardSet, rows: Iterable[int], dtype: torch.dtype | None, viewing: Viewing
+) -> Iterator[tuple[dict[str, Any], Detections]]:
+    """Test-time augmentation: one image after the other, one view a forward pass."""
+    for values in shards.read_rows(list(rows)):
+        pixels = values["image"].reshape(values["image_height"], values["image_width"], 3)
+        height, width = values["height"], values["width"]
+        views = views_of(pixels, height, width, viewing)
+        found = [detect_views(model, [view], dtype)[0] for view in views]
+        yield values, unite(views, found, height, width, viewing, model.config)
 
 
 def coco_results(
@@ -142,7 +164,12 @@ def ground_truth(values: dict[str, Any]) -> list[Json]:
 
 
 def evaluate_rows(
-    model: MaskRCNN, shards: ShardSet, rows: Sequence[int], batch_size: int, dtype: torch.dtype | None
+    model: MaskRCNN,
+    shards: ShardSet,
+    rows: Sequence[int],
+    batch_size: int,
+    dtype: torch.dtype | None,
+    viewing: Viewing | None = None,
 ) -> list[EvaluatedRow]:
     """Ground truth and results of some rows; the model is left in the mode it was in."""
     was_training = model.training
@@ -156,7 +183,7 @@ def evaluate_rows(
                 ground_truth(values),
                 coco_results(values, detections, shards.manifest, model.config.detections.whole_pixels),
             )
-            for values, detections in predict_rows(model, shards, rows, batch_size, dtype)
+            for values, detections in predict_rows(model, shards, rows, batch_size, dtype, viewing)
         ]
     finally:
         model.train(was_training)
@@ -177,14 +204,24 @@ def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: 
     Raises:
         RuntimeError: not every row was seen exactly once.
     """
-    ordered = sorted(seen, key=lambda entry: entry.row)
-    rows = [entry.row for entry in ordered]
-    if rows != list(range(num_rows)):
-        raise RuntimeError(f"evaluation saw {len(rows)} rows ({len(set(rows))} different ones) of {num_rows}")
+    ordered = in_order(seen, num_rows)
     images = [{"id": entry.row, "height": entry.height, "width": entry.width} for entry in ordered]
     annotations = [annotation for entry in ordered for annotation in entry.annotations]
     results = [result for entry in ordered for result in entry.results]
     return coco_average_precision(images, range(1, num_classes), annotations, results)
+
+
+def in_order(seen: Sequence[EvaluatedRow], num_rows: int) -> list[EvaluatedRow]:
+    """Rows in their order.
+
+    Raises:
+        RuntimeError: not every row was seen exactly once.
+    """
+    ordered = sorted(seen, key=lambda entry: entry.row)
+    rows = [entry.row for entry in ordered]
+    if rows != list(range(num_rows)):
+        raise RuntimeError(f"evaluation saw {len(rows)} rows ({len(set(rows))} different ones) of {num_rows}")
+    return ordered
 
 
 def coco_average_precision(
