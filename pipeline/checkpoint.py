@@ -233,8 +233,8 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
     """Local folder of the checkpoint that a user means.
 
     Args:
-        reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), or the
-            id of an MLflow run (likewise).
+        reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), the
+            id of an MLflow run (likewise), or a model that MLflow has (`models:/NAME/VERSION`).
         storage_path: where runs are.
         mlflow_uri: tracking server or store of an MLflow run; by default the sqlite file in storage_path.
 
@@ -247,13 +247,17 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         checkpoint = best_checkpoint_of_run(run_folder)
         if checkpoint is not None:
             return checkpoint
+    if reference.startswith("models:/"):
+        from pipeline.tracking import default_uri, download_model
+
+        return download_model(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     if re.fullmatch(r"[0-9a-f]{32}", reference):
         from pipeline.tracking import default_uri, download_checkpoint
 
         return download_checkpoint(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     raise UserError(
         f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
-        "nor the id of an MLflow run"
+        "nor the id of an MLflow run, nor a registered model (models:/NAME/VERSION)"
     )
 
 

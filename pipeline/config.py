@@ -293,6 +293,8 @@ class RunSettings(Config):
     """MLflow server; by default a sqlite file in storage_path."""
     mlflow_experiment: str = "mask-rcnn"
     """MLflow experiment."""
+    register_as: str | None = None
+    """Name of MLflow's model registry under which a finished training registers its best model; null: under none."""
     max_failures: NonNegativeInt = 3
     """Lost workers or crashes after which the run gives up."""
 

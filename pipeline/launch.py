@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import run_state, storage
-from pipeline.checkpoint import read_description
+from pipeline.checkpoint import build_model, read_description, write_checkpoint
 from pipeline.cluster import Placement, place_workers
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
@@ -274,6 +275,10 @@ def _record_artifacts(tracker: Any, config: ExperimentConfig, shards: ShardSet, 
     ):
         with checkpoint.as_directory() as folder:
             ray.get(tracker.log_folder.remote(folder, artifact_path))
+    with _best_checkpoint(result).as_directory() as folder, tempfile.TemporaryDirectory() as served:
+        model, description = build_model(folder)
+        write_checkpoint(served, model, None, description)
+        ray.get(tracker.log_model.remote(served, config.run.register_as))
 
 
 def _end_run(tracker: Any, status: str, say: Say) -> None:

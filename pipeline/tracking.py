@@ -12,6 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
@@ -23,6 +25,9 @@ FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 15.0
 MAX_PENDING = 200_000  # metrics kept while a server is away
 MAX_METRICS_A_CALL = 1000  # MLflow's limit
+SERVING_REQUIREMENTS = (
+    "torch", "torchvision", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "pycocotools", "mlflow",
+)  # fmt: skip
 MARK_METRICS = ("loss", "segm_AP")  # the last steps of these say what a run holds already
 
 
@@ -137,6 +142,20 @@ class Tracker:
                 file.write(text)
             self._log_artifact(path, None)
 
+    def log_model(self, checkpoint: str, registered_name: str | None = None) -> None:
+        """Record a checkpoint as a model that MLflow can serve, see `pipeline.serving`.
+
+        Args:
+            checkpoint: local folder, without an optimiser.
+            registered_name: of the model registry; None registers nothing.
+        """
+        if self._run_id is None:
+            return
+        try:
+            _log_served_model(self._uri, self._run_id, checkpoint, registered_name)
+        except Exception as error:
+            self._say(f"MLflow: the model to serve could not be recorded ({_first_line(error)})")
+
     def _log_artifact(self, path: str, artifact_path: str | None) -> None:
         if self._run_id is None:
             return
@@ -214,6 +233,50 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[name] = str(value)
     return flat
+
+
+def _log_served_model(uri: str, run_id: str, checkpoint: str, registered_name: str | None) -> None:
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    root = Path(__file__).resolve().parents[1]
+    mlflow.set_tracking_uri(uri)
+    Model.log(
+        artifact_path=None,
+        name="model",
+        flavor=mlflow.pyfunc,
+        run_id=run_id,
+        loader_module="pipeline.serving",
+        data_path=checkpoint,
+        code_paths=[str(root / "pipeline"), str(root / "model")],
+        pip_requirements=[f"{name}=={version(name)}" for name in SERVING_REQUIREMENTS],
+        registered_model_name=registered_name,
+    )
+
+
+def download_model(reference: str, uri: str) -> str:
+    """Local folder with the checkpoint of a model of the registry, or of one that a run has logged.
+
+    Args:
+        reference: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/ID`.
+        uri: tracking server or store.
+
+    Raises:
+        UserError: there is none, or it was not logged by us.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    mlflow.set_tracking_uri(uri)
+    try:
+        folder = mlflow.artifacts.download_artifacts(reference, dst_path=tempfile.mkdtemp(prefix="model-"))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{reference} at {uri}: {_first_line(error)}") from error
+    for place, _, names in os.walk(folder):
+        if "checkpoint.json" in names:
+            return place
+    raise UserError(f"{reference} at {uri}: holds no checkpoint of ours")
 
 
 def download_checkpoint(run_id: str, uri: str) -> str:
