@@ -6,9 +6,9 @@
 Variants, all fp32 unless --precision says otherwise, on the same images, one after the other: `torchvision`, its model
 in a loop of one process with all threads; `loop`, our model in the same loop; `processes`, our model in one such loop
 a CPU, each with a share of the images and one thread; `job`, jobs/predict.py with a process a CPU. Each decodes,
-predicts, encodes masks as RLE and writes Parquet. The time of the loops begins when the model is there; that of the job at its
-first finished part, so that it leaves out the start of Ray, which stands beside it. The weights are random, with class
-logits that give about as many detections as a trained model.
+predicts, encodes masks as RLE and writes Parquet. The time of the loops begins when the model is there; that of the job
+at its first finished part, so that it leaves out the start of Ray, which stands beside it. The weights are random, with
+class logits that give about as many detections as a trained model.
 """
 
 import argparse

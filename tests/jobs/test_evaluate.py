@@ -1,4 +1,4 @@
-"""jobs/evaluate.py: one checkpoint evaluated directly, with augmentation, and from predictions; its page in a browser."""
+"""jobs/evaluate.py: a checkpoint evaluated directly, with augmentation, and from predictions; its page in a browser."""
 
 import json
 import shutil
@@ -53,7 +53,8 @@ def test_it_leaves_a_report_and_an_mlflow_run(evaluated: Outcome, folder: Path) 
 def test_predictions_give_the_same_report(evaluated: Outcome, folder: Path) -> None:
     shapes = folder / "shapes"
     outcome = run_job(
-        "predict", "--checkpoint", str(folder / "checkpoint"), "--images", str(shapes / "annotations/instances_val.json"),
+        "predict", "--checkpoint", str(folder / "checkpoint"),
+        "--images", str(shapes / "annotations/instances_val.json"),
         "--predict.images_folder", "../images", "--output", str(folder / "predictions"),
         "--predict.precision", "fp32", "--predict.images_per_part", "7", "--predict.num_workers", "1",
     )  # fmt: skip

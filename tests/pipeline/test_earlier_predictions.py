@@ -36,21 +36,10 @@ def write_predictions(shards: ShardSet, output: Path, kind: str, failed: int | N
         found = imperfect_detections(values, 4, 0)
         names = [CLASS_NAMES[class_id - 1] for class_id in found.classes.tolist()]
         masks = encode_detections(found, values["height"], values["width"])
-        rows.append(
-            {
-                "key": key,
-                "image_id": values["image_id"],
-                "height": values["height"],
-                "width": values["width"],
-                "boxes": found.boxes.tolist(),
-                "scores": found.scores.tolist(),
-                "class_names": names,
-                "class_ids": [MODEL_CLASSES.index(name) + 1 for name in names],
-                "mask_counts": [mask["counts"] for mask in masks],
-                "model_id": "m",
-                "config_digest": "c",
-            }  # fmt: skip
-        )
+        row: Json = {"key": key, "image_id": values["image_id"], "height": values["height"], "width": values["width"]}
+        row |= {"boxes": found.boxes.tolist(), "scores": found.scores.tolist(), "class_names": names}
+        row |= {"class_ids": [MODEL_CLASSES.index(name) + 1 for name in names], "model_id": "m", "config_digest": "c"}
+        rows.append({**row, "mask_counts": [mask["counts"] for mask in masks]})
     parts = []
     for number, chunk in enumerate((rows[:3], rows[3:])):
         in_part = errors if number else []
