@@ -24,6 +24,17 @@ class TilingSettings(Config):
     """Of two tiles' detections of a class one goes where they share so much of the smaller mask."""
 
 
+class DetectionOverrides(Config):
+    """What takes the place of `model.detections` of a checkpoint."""
+
+    score_threshold: Fraction | None = None
+    """Least score of a detection; null: the model's."""
+    nms_threshold: Fraction | None = None
+    """IoU above which the lesser of two detections of a class goes; null: the model's."""
+    max_per_image: PositiveInt | None = None
+    """Most detections of an image or tile; null: the model's."""
+
+
 class PredictSettings(Config):
     """Prediction of many images, and how an image is looked at in prediction and evaluation."""
 
@@ -47,12 +58,8 @@ class PredictSettings(Config):
     """Arithmetic of the forward pass; auto takes bf16 where the processor computes in it, fp16 on older GPUs."""
     canvases: Annotated[tuple[tuple[CanvasSide, CanvasSide], ...], Field(min_length=1)] | None = None
     """Height and width that images are brought to; null: those that the model was trained on."""
-    score_threshold: Fraction | None = None
-    """Least score of a detection; null: the model's."""
-    nms_threshold: Fraction | None = None
-    """IoU above which the lesser of two detections of a class goes; null: the model's."""
-    max_per_image: PositiveInt | None = None
-    """Most detections of an image or tile; null: the model's."""
+    detections: DetectionOverrides = DetectionOverrides()
+    """Thresholds other than the model's."""
     flip: bool = False
     """Look at every image mirrored too (test-time augmentation)."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)

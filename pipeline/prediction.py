@@ -60,7 +60,7 @@ def predict(config: ExperimentConfig, predictor: Predictor, images: str, output:
     if missing:
         placement, size = _size_pool(config, len(missing), say)
         settings = part_settings(config, predictor, plan)
-        progress = _Progress(plan, summaries, say)
+        progress = _Progress(plan, summaries.values(), say)
         with Pool(predictor.model, settings, placement, size, config.predict.max_failures, say) as pool:
             for summary in pool.predict(missing):
                 summaries[summary.part] = summary

@@ -53,11 +53,7 @@ def load_predictor(config: ExperimentConfig, checkpoint: str, say: Say) -> Predi
 
 def with_thresholds(model: ModelConfig, settings: PredictSettings) -> ModelConfig:
     """The model's configuration with the thresholds that are set."""
-    asked = {
-        "score_threshold": settings.score_threshold,
-        "nms_threshold": settings.nms_threshold,
-        "max_per_image": settings.max_per_image,
-    }
+    asked = settings.detections.model_dump()
     changed = {name: value for name, value in asked.items() if value is not None}
     return model.model_copy(update={"detections": model.detections.model_copy(update=changed)})
 

@@ -91,6 +91,8 @@ class PartPredictor:
     """Predicts parts, of which two may be in work at once; only one forward pass runs at a time."""
 
     def __init__(self, model: MaskRCNN, settings: PartSettings, device_type: str, num_threads: int) -> None:
+        import ray
+
         device = torch.device(device_type)
         if device.type == "cpu":
             torch.set_num_threads(num_threads)
@@ -99,6 +101,9 @@ class PartPredictor:
         self._model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._dtype = autocast_dtype(settings.precision, device.type)
         self._lock = threading.Lock()
+        # Made once: every call of ray.remote is another function for Ray to keep.
+        self._read, self._decode = ray.remote(read_contents), ray.remote(max_retries=1)(decode_images)
+        self._encode, self._write = ray.remote(encode_images), ray.remote(_write)
 
     def process_id(self) -> int:
         """Of this process; an answer means that the model is there."""
@@ -126,8 +131,8 @@ class PartPredictor:
                 self._detect(part, group)
         self._send(part, at_least=1)
         keys = [entry.key for entry in entries]
-        write = ray.remote(_write).options(num_cpus=1)
-        summary: PartSummary = ray.get(write.remote(self._settings, number, keys, part.failed, *part.rows))
+        written = self._write.remote(self._settings, number, keys, part.failed, *part.rows)
+        summary: PartSummary = ray.get(written)
         return summary
 
     def _decoded(self, part: _Part) -> Iterator[DecodedImage | FailedImage]:
@@ -141,16 +146,15 @@ class PartPredictor:
         contents: list[Any] = [None] * len(chunks)
         if settings.kind == "table":
             first, last = part.entries[0], part.entries[-1]
-            read = ray.remote(read_contents).options(num_cpus=1, num_returns=len(chunks))
+            read = self._read.options(num_returns=len(chunks))
             cells = read.remote(first.path, settings.bytes_column, first.row, last.row + 1, size)
             contents = [cells] if len(chunks) == 1 else cells
-        decode = ray.remote(decode_images).options(num_cpus=1, max_retries=1)
         waiting = deque(zip(chunks, contents, strict=True))
         running: deque[tuple[list[tuple[int, Entry]], Any, Any]] = deque()
         while waiting or running:
             while waiting and len(running) < CHUNKS_AHEAD:
                 chunk, content = waiting.popleft()
-                task = decode.remote(chunk, content, settings.kind, settings.viewing, settings.timeout_seconds)
+                task = self._decode.remote(chunk, content, settings.kind, settings.viewing, settings.timeout_seconds)
                 running.append((chunk, content, task))
             chunk, content, task = running.popleft()
             try:
@@ -162,7 +166,6 @@ class PartPredictor:
         """Images of a chunk whose task died, each in a task of its own: the one that kills it is an error."""
         import ray
 
-        decode = ray.remote(decode_images).options(num_cpus=1, max_retries=1)
         settings = self._settings
         try:
             cells = None if content is None else ray.get(content)
@@ -173,8 +176,10 @@ class PartPredictor:
         for position, (index, entry) in enumerate(chunk):
             cell = None if cells is None else [cells[position]]
             try:
-                task = decode.remote([(index, entry)], cell, settings.kind, settings.viewing, settings.timeout_seconds)
-                yield from ray.get(task)
+                alone = [(index, entry)]
+                yield from ray.get(
+                    self._decode.remote(alone, cell, settings.kind, settings.viewing, settings.timeout_seconds)
+                )
             except ray.exceptions.RayError as error:
                 yield failed_image(
                     index, entry, "decoder_crash", f"the process that decoded it died ({last_line(error)})"
@@ -209,12 +214,9 @@ class PartPredictor:
 
     def _send(self, part: _Part, at_least: int) -> None:
         """Give finished images to a task that encodes their masks."""
-        import ray
-
         if len(part.finished) >= at_least:
             entries = [part.entries[image.index] for image in part.finished]
-            task = ray.remote(encode_images).options(num_cpus=1)
-            part.rows.append(task.remote(part.finished, entries, self._settings, self._model.config))
+            part.rows.append(self._encode.remote(part.finished, entries, self._settings, self._model.config))
             part.finished = []
 
 
