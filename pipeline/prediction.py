@@ -58,10 +58,11 @@ def predict(config: ExperimentConfig, predictor: Predictor, images: str, output:
     missing = [Part(number, entries) for number, entries in enumerate(plan.parts) if number not in summaries]
     computed = 0
     if missing:
-        placement, size = _size_pool(config, len(missing), say)
+        placement = _place(config, len(missing), say)
+        most = min(config.predict.num_workers or len(missing), len(missing))
         settings = part_settings(config, predictor, plan)
         progress = _Progress(plan, summaries.values(), say)
-        with Pool(predictor.model, settings, placement, size, config.predict.max_failures, say) as pool:
+        with Pool(predictor.model, settings, placement, most, config.predict.max_failures, say) as pool:
             for summary in pool.predict(missing):
                 summaries[summary.part] = summary
                 computed += summary.num_images
@@ -132,12 +133,13 @@ def part_settings(config: ExperimentConfig, predictor: Predictor, plan: Plan) ->
     )
 
 
-def _size_pool(config: ExperimentConfig, num_parts: int, say: Say) -> tuple[Placement, int]:
+def _place(config: ExperimentConfig, num_parts: int, say: Say) -> Placement:
+    """Where the processes go; with a number that is asked for, nodes that an autoscaler may bring are waited for."""
     size = min(config.predict.num_workers or most_workers(config.scaling), num_parts)
     placement = place_workers(config.scaling.model_copy(update={"num_workers": size}), say)
     device = "GPU" if placement.use_gpu else f"CPU, {config.scaling.cpus_per_worker} threads each"
     say(f"predict: {size} processes with the model ({device})")
-    return placement, size
+    return placement
 
 
 def _parts_that_are_there(plan: Plan, say: Say) -> dict[int, PartSummary]:

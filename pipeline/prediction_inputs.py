@@ -76,8 +76,6 @@ def list_inputs(images: str, settings: PredictSettings) -> Inputs:
         inputs = _coco_entries(place, settings)
     elif name.endswith(TABLE_SUFFIXES):
         inputs = Inputs("table", list(_table_entries([(place, place.rpartition("/")[2])], settings)))
-    elif storage.exists(storage.join(place, MANIFEST)):
-        inputs = _shard_entries(place)
     else:
         inputs = _folder_entries(place, settings)
     if not inputs.entries:
@@ -104,6 +102,8 @@ def _folder_entries(folder: str, settings: PredictSettings) -> Inputs:
         raise UserError(f"{folder}: cannot be listed ({error})") from error
     if not present:
         raise UserError(f"{folder}: no such folder, or nothing in it")
+    if MANIFEST in present and any(name.startswith("rows-") and name.endswith(".arrow") for name in present):
+        return _shard_entries(folder)
     tables = [name for name in present if name.lower().endswith(TABLE_SUFFIXES)]
     if tables and settings.pattern is None and not any(name.lower().endswith(IMAGE_SUFFIXES) for name in present):
         return Inputs("table", list(_table_entries([(storage.join(folder, name), name) for name in tables], settings)))

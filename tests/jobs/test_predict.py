@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from pyarrow import fs
 
 from pipeline import storage
 from pipeline.prediction_schema import read_predictions
-from tests.jobs.running import Outcome, run_job, run_until_then_kill
+from tests.jobs.running import ROOT, TIMEOUT_SECONDS, Outcome, environment, run_job, run_until_then_kill
 from tests.pipeline.factories import Json, noise, png
 from tests.pipeline.small import write_small_checkpoint
 
@@ -98,6 +100,23 @@ def test_killed_three_times_it_gives_the_same_rows(undisturbed: Outcome, folder:
     for name in ("manifest.json", "errors.parquet", "plan.parquet"):
         assert (folder / "killed" / name).read_bytes() == (folder / "undisturbed" / name).read_bytes()
     assert not list((folder / "killed").rglob("*.partial"))
+
+
+def test_a_lost_node_loses_nothing(undisturbed: Outcome, folder: Path) -> None:
+    """With it go processes with the model, decoded images, and the CPUs for decoding."""
+    output = str(folder / "lost-node")
+    arguments = [str(folder / "checkpoint"), str(folder / "images"), output]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.jobs.losing_node", *arguments], capture_output=True, text=True,
+        env=environment(), cwd=ROOT, timeout=TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "it is tried again" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == f"alive 2 computed {NUM_IMAGES}"
+    ours, theirs = rows_of(output), rows_of(undisturbed.last_line["output"])
+    assert {key: {**row, "config_digest": ""} for key, row in ours.items()} == {
+        key: {**row, "config_digest": ""} for key, row in theirs.items()
+    }
 
 
 def test_from_a_bucket_to_a_bucket(bucket: fs.FileSystem, undisturbed: Outcome, folder: Path) -> None:
