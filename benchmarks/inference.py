@@ -197,7 +197,7 @@ def our_predict(options: argparse.Namespace) -> Any:
     config = parse("", our_arguments(options)).experiment
     weights = f"torchvision:{options.folder}/weights.pth"
     predictor = load_predictor(config, weights, lambda _: None)
-    predictor.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    predictor.model.to(memory_format=torch.channels_last)
 
     def predict(image: Any) -> dict[str, Any]:
         found = predictor.predict(image)

@@ -117,7 +117,7 @@ def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def _per_class(
-    evaluations: Mapping[str, Any], class_names: Sequence[str], annotations: Sequence[Json], results: Sequence[Json]
+    evaluations: Mapping[Kind, Any], class_names: Sequence[str], annotations: Sequence[Json], results: Sequence[Json]
 ) -> list[Json]:
     """AP of every class by size; precision is (IoU, recall, class, area, detections)."""
     classes = [{"class": name, "objects": 0, "crowds": 0, "detections": 0} for name in class_names]
@@ -160,7 +160,7 @@ def _confusion(evaluation: Any, class_names: Sequence[str]) -> Json:
     """Which classes are taken for which, at IoU 0.5; the last row and column are the background, as crowds are here."""
     matrix = evaluation.confusion_matrix(iou_thr=0.5, min_score=SHOWN_SCORE)["matrix"]
     names = [*class_names, "background"]
-    pairs = [
+    pairs: list[Json] = [
         {"truth": names[row], "predicted": names[column], "count": int(matrix[row, column])}
         for row, column in np.argwhere(matrix[:-1, :-1] > 0).tolist()
         if row != column

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from pipeline import storage
@@ -66,7 +67,7 @@ def decode_images(
     for position, (index, entry) in enumerate(entries):
         content = None if contents is None else contents[position]
         try:
-            decoded = _within(timeout_seconds, lambda e=entry, c=content, i=index: _decode(i, e, c, kind, viewing))
+            decoded = _within(timeout_seconds, partial(_decode, index, entry, content, kind, viewing))
             results.append(decoded)
         except Exception as error:  # whatever an image does to a decoder is that image's error
             results.append(failed_image(index, entry, *_explain(error, timeout_seconds)))

@@ -275,7 +275,7 @@ def download_model(reference: str, uri: str) -> str:
         raise UserError(f"{reference} at {uri}: {_first_line(error)}") from error
     for place, _, names in os.walk(folder):
         if "checkpoint.json" in names:
-            return place
+            return str(place)
     raise UserError(f"{reference} at {uri}: holds no checkpoint of ours")
 
 

@@ -5,6 +5,7 @@ python -m tests.jobs.losing_node CHECKPOINT IMAGES OUTPUT
 
 import sys
 from collections.abc import Iterable, Iterator
+from unittest.mock import patch
 
 import ray
 from ray.cluster_utils import Cluster
@@ -34,10 +35,10 @@ def main(checkpoint: str, images: str, output: str) -> None:
                     cluster.remove_node(nodes[0], allow_graceful=False)
                 yield summary
 
-    prediction.Pool = Losing  # type: ignore[misc]
     settings = {"images_per_part": 8, "batch_size": 4, "precision": "fp32"}
     config = ExperimentConfig.model_validate({"predict": settings})
-    summary = prediction.predict(config, load_predictor(config, checkpoint, say), images, output, say)
+    with patch.object(prediction, "Pool", Losing):
+        summary = prediction.predict(config, load_predictor(config, checkpoint, say), images, output, say)
     say(f"alive {sum(node['Alive'] for node in ray.nodes())} computed {summary['computed_now']}")
     ray.shutdown()
     cluster.shutdown()

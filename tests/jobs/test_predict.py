@@ -122,8 +122,7 @@ def test_a_lost_node_loses_nothing(undisturbed: Outcome, folder: Path) -> None:
 def test_from_a_bucket_to_a_bucket(bucket: fs.FileSystem, undisturbed: Outcome, folder: Path) -> None:
     """Killed once on the way."""
     for path in sorted((folder / "images").rglob("*.png")):
-        name = path.relative_to(folder / "images")
-        storage.write_bytes(f"s3://bucket/images/{name}", path.read_bytes())
+        storage.write_bytes(f"s3://bucket/images/{path.relative_to(folder / 'images')}", path.read_bytes())
     output = "s3://bucket/predictions"
     kill_at(output, (3,), arguments(folder, output, "s3://bucket/images"))
     here, there = rows_of(undisturbed.last_line["output"]), rows_of(output)
