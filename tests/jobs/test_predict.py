@@ -112,7 +112,7 @@ def test_a_lost_node_loses_nothing(undisturbed: Outcome, folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "it is tried again" in done.stdout
-    assert done.stdout.strip().splitlines()[-1] == f"alive 2 computed {NUM_IMAGES}"
+    assert f"alive 2 computed {NUM_IMAGES}" in done.stdout.splitlines()  # among what the lost node's processes say
     ours, theirs = rows_of(output), rows_of(undisturbed.last_line["output"])
     assert {key: {**row, "config_digest": ""} for key, row in ours.items()} == {
         key: {**row, "config_digest": ""} for key, row in theirs.items()
