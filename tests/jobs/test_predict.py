@@ -145,7 +145,6 @@ def errors_of(output: str) -> set[str]:
         (("--images", "nowhere"), "nowhere: no such folder, or nothing in it"),
         (("--checkpoint", "nothing"), "error: nothing: neither a checkpoint folder, nor a run"),
         (("--predict.tiling.overlap", "0.95"), "predict.tiling.overlap: "),
-        (("--predict.batch_size", "0"), "predict.batch_size: "),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, change: tuple[str, str], told: str) -> None:
