@@ -1,7 +1,7 @@
 """Prediction of many images: jobs/predict.py beside a plain loop with torchvision's model, from files to Parquet.
 
     python benchmarks/inference.py --images FOLDER                  # Mask R-CNN ResNet-50 FPN, the same random weights
-    python benchmarks/inference.py --images FOLDER --long           # memory over 10,000 images, a small model
+    python benchmarks/inference.py --images FOLDER --long 10000     # memory over so many images, a small model
 
 Variants, all fp32 unless --precision says otherwise, on the same images, one after the other: `torchvision`, its model
 in a loop of one process with all threads; `loop`, our model in the same loop; `processes`, our model in one such loop
@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 91
 SAMPLE_SECONDS = 2.0
-LONG_IMAGES = 10_000
+PART_OF_LONG = 64  # images
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--short_side", type=int, default=800, help="pixels that images are brought to")
     parser.add_argument("--images_per_part", type=int, default=4, help="of the job")
     parser.add_argument("--precision", default="fp32", help="of our model: fp32, bf16 or auto")
-    parser.add_argument("--long", action="store_true", help="memory over 10,000 images instead")
+    parser.add_argument("--long", type=int, default=0, help="memory over so many images instead")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -241,7 +241,7 @@ def measure_memory(options: argparse.Namespace) -> None:
     from pipeline.checkpoint import Description, write_checkpoint
     from pipeline.command_line import parse
 
-    link_images(options, LONG_IMAGES)
+    link_images(options, options.long)
     config = parse("", ["--config", str(ROOT / "configs" / "demo.yaml")]).experiment
     from model.mask_rcnn import MaskRCNN
 
@@ -254,7 +254,7 @@ def measure_memory(options: argparse.Namespace) -> None:
     command = [
         sys.executable, str(ROOT / "jobs" / "predict.py"), "--checkpoint", str(checkpoint),
         "--images", str(Path(options.folder) / "images"), "--output", str(output),
-        "--predict.images_per_part", "64", "--predict.precision", options.precision,
+        "--predict.images_per_part", str(PART_OF_LONG), "--predict.precision", options.precision,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     samples: list[tuple[int, float, float]] = []
@@ -262,11 +262,11 @@ def measure_memory(options: argparse.Namespace) -> None:
     while process.poll() is None:
         time.sleep(SAMPLE_SECONDS)
         parts = len(list(output.glob("parts/*.parquet")))
-        samples.append((parts * 64, time.monotonic() - started, megabytes_of_group(process.pid)))
+        samples.append((parts * PART_OF_LONG, time.monotonic() - started, megabytes_of_group(process.pid)))
     assert process.stdout is not None
     print(process.stdout.read().strip().splitlines()[-1])
     for share in (0.1, 0.25, 0.5, 0.75, 0.95):
-        near = min(samples, key=lambda sample: abs(sample[0] - share * LONG_IMAGES))
+        near = min(samples, key=lambda sample: abs(sample[0] - share * options.long))
         print(f"after {near[0]:6} images ({near[1]:.0f} s): {near[2]:.0f} MB in all processes")
 
 
