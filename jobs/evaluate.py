@@ -1,10 +1,14 @@
-"""COCO box and mask AP of a checkpoint on the validation images.
+"""COCO box and mask AP of a checkpoint on the validation images, and a page that shows where it fails.
 
     python jobs/evaluate.py --config configs/demo.yaml --checkpoint demo
+    python jobs/evaluate.py --config configs/demo.yaml --predictions FOLDER
 
 The checkpoint is a checkpoint folder, a run (folder, or name in run.storage_path: its best checkpoint), the id of an
-MLflow run, or weights of another implementation (matterport:FILE.h5, torchvision:FILE, torchvision:NAME), whose classes
-are taken by name; left out, it is model.weights. The last line printed is JSON.
+MLflow run, a registered model (models:/NAME/VERSION), or weights of another implementation (matterport:FILE.h5,
+torchvision:FILE, torchvision:NAME), whose classes are taken by name; left out, it is model.weights. Predictions are an
+output of jobs/predict.py. report.html, report.json and an MLflow run hold AP by class and size, curves, confusion,
+kinds of errors, calibration and the worst images; of LVIS's annotations its own protocol too. The last line printed is
+JSON.
 """
 
 import json
@@ -14,30 +18,54 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import parse, run_job, say
+from pipeline.command_line import ConfigurationError, parse, run_job, say
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, find the weights, prepare, evaluate, print the metrics."""
-    options = parse(__doc__ or "", arguments, optional={"checkpoint": "what to evaluate; by default model.weights"})
+    """Parse, find the weights, prepare, evaluate, report, print the metrics."""
+    optional = {
+        "checkpoint": "what to evaluate; by default model.weights",
+        "predictions": "an output of jobs/predict.py to evaluate instead",
+        "output": "folder of the report; by default one below run.storage_path",
+    }
+    options = parse(__doc__ or "", arguments, optional=optional)
     config = options.experiment
+    if options.checkpoint and options.predictions:
+        raise ConfigurationError("--checkpoint and --predictions: only one of them can be evaluated")
 
-    from pipeline import cluster, doctor, prepare
-    from pipeline.inference import evaluate_model, find_weights, load_weights
+    from pipeline import cluster, doctor, evaluation_report, prepare, storage
+    from pipeline.earlier_predictions import match_keys, read_manifest
+    from pipeline.evaluation import average_precision
+    from pipeline.evaluation_tasks import evaluate_model, evaluate_predictions
+    from pipeline.inference import find_weights, load_weights
+    from pipeline.shards import ShardSet
 
-    weights = find_weights(config, options.checkpoint)
+    started_from: str
+    if options.predictions:
+        started_from = storage.absolute(options.predictions)
+        read_manifest(started_from)
+    else:
+        started_from = find_weights(config, options.checkpoint)
     checked = prepare.check(config, say)
-    model = load_weights(config, weights, checked.class_map.names, say)  # before Ray is started: mistakes show here
+    if not options.predictions:  # before Ray is started: mistakes show here
+        model = load_weights(config, started_from, checked.class_map.names, say)
     cluster.connect(options.debug)
     doctor.check_at_start(config, say)
-    data = prepare.write(config, checked, say)
+    validation = prepare.write(config, checked, say).validation
+    shards = ShardSet(validation)
     placement = cluster.place_workers(config.scaling, say)
     started = time.monotonic()
-    metrics = evaluate_model(config, model, data, placement)
+    if options.predictions:
+        rows = evaluate_predictions(config, started_from, validation, match_keys(started_from, shards, say))
+    else:
+        rows = evaluate_model(config, model, validation, placement)
+    metrics = average_precision(rows, len(shards), shards.manifest.num_classes)
     for kind in ("bbox", "segm"):
         say("  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith(kind)))
     seconds = round(time.monotonic() - started, 1)
-    say(json.dumps({**{k: round(v, 4) for k, v in metrics.items()}, "seconds": seconds, "checkpoint": weights}))
+    further = evaluation_report.report(config, rows, shards, metrics, started_from, options.output, say)
+    summary = {**{k: round(v, 4) for k, v in metrics.items()}, "seconds": seconds, "checkpoint": started_from}
+    say(json.dumps({**summary, **further}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def folded(model: MaskRCNN, dtype: torch.dtype | None = None) -> MaskRCNN:
             they need not be converted for every batch. None leaves them.
     """
     result = copy.deepcopy(model).eval().requires_grad_(False)
+    result._forward_pre_hooks.clear()  # who watches the model that is trained does not watch this one
+    result._forward_hooks.clear()
     for parent, convolution_name, norm_parent, norm_name in list(_pairs(result)):
         convolution, norm = getattr(parent, convolution_name), getattr(norm_parent, norm_name)
         if isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):

@@ -350,7 +350,8 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
 
     Args:
         reference: a checkpoint folder, a run folder or the name of a run in storage_path (its best checkpoint), or the
-            id of an MLflow run (likewise), or models:/NAME@ALIAS or models:/NAME/VERSION of MLflow's registry.
+            id of an MLflow run (likewise), or models:/NAME@ALIAS or models:/NAME/VERSION of MLflow's registry, or a
+            model that an MLflow run has logged (`models:/m-...`).
         storage_path: where runs are.
         mlflow_uri: tracking server or store of an MLflow run; by default the sqlite file in storage_path.
 
@@ -363,6 +364,10 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         checkpoint = best_checkpoint_of_run(run_folder)
         if checkpoint is not None:
             return checkpoint
+    if reference.startswith("models:/m-"):
+        from pipeline.tracking import default_uri, download_model
+
+        return download_model(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     if re.fullmatch(r"[0-9a-f]{32}", reference):
         from pipeline.tracking import default_uri, download_checkpoint
 

@@ -142,6 +142,20 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
     return Placement(use_gpu, resources, max(MIN_CPUS_FOR_DATA, total_cpus - workers * resources["CPU"]))
 
 
+def most_workers(scaling: ScalingSettings) -> int:
+    """Workers that the cluster holds beside a CPU for data: on GPUs where it has some that it may use; at least 1."""
+    cpus = {"CPU": float(scaling.cpus_per_worker)}
+    on_gpus = workers_that_fit({**cpus, "GPU": 1.0}) if scaling.accelerator != "cpu" else 0
+    return max(1, on_gpus or workers_that_fit(cpus))
+
+
+def workers_that_fit(resources: dict[str, float]) -> int:
+    """Workers that the nodes which are alive hold beside a CPU for data; perhaps 0."""
+    nodes = _nodes()
+    left = int((sum(node.get("CPU", 0.0) for node in nodes) - MIN_CPUS_FOR_DATA) // resources["CPU"])
+    return max(0, min(_num_that_fit(nodes, resources), left))
+
+
 def _wait_for_nodes(
     scaling: ScalingSettings, resources: dict[str, float], shortage: str, say: Callable[[str], None]
 ) -> None:

@@ -47,9 +47,7 @@ def coco_statistics(
         For each kind the numbers of `STATISTICS`; -1 where there is no object of that size at all.
     """
     categories = [{"id": category_id, "name": str(category_id)} for category_id in category_ids]
-    truth = {"images": list(images), "categories": categories, "annotations": _numbered(annotations)}
-    found = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
-    detections = {"images": list(images), "categories": categories, "annotations": _numbered(found)}
+    truth, detections = as_datasets(images, categories, annotations, results)
     with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
         if (evaluator or default_evaluator()) == "hotcoco":
             evaluations = _hotcoco(truth, detections, kinds)
@@ -63,6 +61,15 @@ def coco_statistics(
             values = [float(value) for value in evaluation.stats]
             statistics[str(kind)] = dict(zip(STATISTICS, values, strict=True))
     return statistics
+
+
+def as_datasets(
+    images: Sequence[Json], categories: Sequence[Json], annotations: Sequence[Json], results: Sequence[Json]
+) -> tuple[Json, Json]:
+    """Ground truth and results as two COCO data sets; ids of both are their places in the lists, from 1 on."""
+    truth = {"images": list(images), "categories": list(categories), "annotations": _numbered(annotations)}
+    found = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
+    return truth, {"images": list(images), "categories": list(categories), "annotations": _numbered(found)}
 
 
 def _hotcoco(truth: Json, detections: Json, kinds: Sequence[Kind]) -> list[Any]:

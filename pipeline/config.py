@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from model.config import Config, Fraction, ModelConfig, NonNegativeFloat, PositiveFloat, PositiveInt
 from pipeline.batch_shares import explain_division
+from pipeline.predict_config import PredictSettings
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -360,6 +361,8 @@ class ExperimentConfig(Config):
     """Workers."""
     run: RunSettings = RunSettings()
     """Bookkeeping."""
+    predict: PredictSettings = PredictSettings()
+    """Prediction."""
 
     @property
     def global_batch_size(self) -> int:

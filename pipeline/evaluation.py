@@ -19,6 +19,7 @@ from pipeline.proposal_recall import RecallCounts, average_recall, count_found
 from pipeline.sample import unpack_row_masks
 from pipeline.shards import Manifest, ShardSet
 from pipeline.training import autocast
+from pipeline.views import Viewing, detect_views, unite, views_of
 
 Json = dict[str, Any]
 
@@ -49,7 +50,12 @@ def rows_of_worker(num_rows: int, worker: int, num_workers: int) -> range:
 
 
 def predict_rows(
-    model: MaskRCNN, shards: ShardSet, rows: Iterable[int], batch_size: int, dtype: torch.dtype | None
+    model: MaskRCNN,
+    shards: ShardSet,
+    rows: Iterable[int],
+    batch_size: int,
+    dtype: torch.dtype | None,
+    viewing: Viewing | None = None,
 ) -> Iterator[tuple[dict[str, Any], Detections]]:
     """Detections of prepared rows in original pixels, masks not yet pasted.
 
@@ -59,10 +65,14 @@ def predict_rows(
         rows: which of them.
         batch_size: images a forward pass; only rows of one canvas share one.
         dtype: see `autocast_dtype`.
+        viewing: how to look at each image, of the size that it is stored at; None takes it as it is stored.
 
     Yields:
         The row as read, and what was found in it.
     """
+    if viewing is not None:
+        yield from _predict_views(model, shards, rows, dtype, viewing)
+        return
     for group in row_groups(shards, rows, batch_size):
         for values, detections, _ in _predict(model, shards.manifest, group, dtype, with_proposals=False):
             yield values, detections
@@ -110,6 +120,18 @@ def _predict(
         if boxes is not None:
             boxes = boxes * boxes.new_tensor([original[1] / width, original[0] / height] * 2)
         yield values, to_original(detections, (height, width), original, model.config), boxes
+
+
+def _predict_views(
+    model: MaskRCNN, shards: ShardSet, rows: Iterable[int], dtype: torch.dtype | None, viewing: Viewing
+) -> Iterator[tuple[dict[str, Any], Detections]]:
+    """Test-time augmentation: one image after the other, one view a forward pass."""
+    for values in shards.read_rows(list(rows)):
+        pixels = values["image"].reshape(values["image_height"], values["image_width"], 3)
+        height, width = values["height"], values["width"]
+        views = views_of(pixels, height, width, viewing)
+        found = [detect_views(model, [view], dtype)[0] for view in views]
+        yield values, unite(views, found, height, width, viewing, model.config)
 
 
 def coco_results(
@@ -169,13 +191,23 @@ def evaluate_rows(
     batch_size: int,
     dtype: torch.dtype | None,
     recall: bool = False,
+    viewing: Viewing | None = None,
 ) -> list[EvaluatedRow]:
     """Ground truth and results of some rows, by a copy of the model that is made for inference (`model.folded`).
 
-    On request with the recall of the proposals.
+    On request with the recall of the proposals, or by several views of each image (then without it).
     """
     whole_pixels = model.config.detections.whole_pixels
     judged = folded(model, dtype)
+    seen: Iterable[tuple[dict[str, Any], Detections, torch.Tensor | None]] = (
+        ((values, found, None) for values, found in _predict_views(judged, shards, rows, dtype, viewing))
+        if viewing is not None
+        else (
+            entry
+            for group in row_groups(shards, rows, batch_size)
+            for entry in _predict(judged, shards.manifest, group, dtype, recall)
+        )
+    )
     return [
         EvaluatedRow(
             values["row"],
@@ -185,8 +217,7 @@ def evaluate_rows(
             coco_results(values, detections, shards.manifest, whole_pixels),
             _proposal_recall(values, proposals) if proposals is not None else None,
         )
-        for group in row_groups(shards, rows, batch_size)
-        for values, detections, proposals in _predict(judged, shards.manifest, group, dtype, recall)
+        for values, detections, proposals in seen
     ]
 
 
@@ -217,14 +248,24 @@ def average_precision(seen: Sequence[EvaluatedRow], num_rows: int, num_classes: 
     Raises:
         RuntimeError: not every row was seen exactly once.
     """
-    ordered = sorted(seen, key=lambda entry: entry.row)
-    rows = [entry.row for entry in ordered]
-    if rows != list(range(num_rows)):
-        raise RuntimeError(f"evaluation saw {len(rows)} rows ({len(set(rows))} different ones) of {num_rows}")
+    ordered = in_order(seen, num_rows)
     images = [{"id": entry.row, "height": entry.height, "width": entry.width} for entry in ordered]
     annotations = [annotation for entry in ordered for annotation in entry.annotations]
     results = [result for entry in ordered for result in entry.results]
     return coco_average_precision(images, range(1, num_classes), annotations, results)
+
+
+def in_order(seen: Sequence[EvaluatedRow], num_rows: int) -> list[EvaluatedRow]:
+    """Rows in their order.
+
+    Raises:
+        RuntimeError: not every row was seen exactly once.
+    """
+    ordered = sorted(seen, key=lambda entry: entry.row)
+    rows = [entry.row for entry in ordered]
+    if rows != list(range(num_rows)):
+        raise RuntimeError(f"evaluation saw {len(rows)} rows ({len(set(rows))} different ones) of {num_rows}")
+    return ordered
 
 
 def coco_average_precision(

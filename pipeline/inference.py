@@ -1,12 +1,10 @@
-"""Python's door to a trained model: load a checkpoint, predict an image; and a checkpoint's evaluation on a cluster."""
+"""Python's door to a trained model: load a checkpoint, predict an image."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,21 +13,15 @@ from PIL import Image
 
 from model.mask_rcnn import MaskRCNN
 from model.masks import paste_masks
-from model.postprocess import to_original
 from model.structures import Detections
 from model.weights import is_import
 from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description, resolve_checkpoint
-from pipeline.cluster import Placement
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
-from pipeline.evaluation import EvaluatedRow, average_precision, evaluate_rows, rows_of_worker
 from pipeline.initial_weights import NONE, Say, build_model_from, find_checkpoint
-from pipeline.prepare import PreparedData
-from pipeline.preprocess import ResizeMethod, UInt8Array, choose_canvas, decode_image, image_to_rgb, resize_image
-from pipeline.shards import ShardSet
-from pipeline.training import autocast, autocast_dtype
-
-BATCH_SIZE = 8
+from pipeline.preprocess import UInt8Array, decode_image, image_to_rgb
+from pipeline.training import autocast_dtype
+from pipeline.views import Viewing, detect_views, unite, views_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +31,9 @@ class Predictor:
     model: MaskRCNN
     class_names: list[str]
     """Of classes 1..C-1: `class_names[detections.classes[i] - 1]`."""
-    canvases: tuple[tuple[int, int], ...]
+    viewing: Viewing
+    """How it looks at an image."""
     precision: str = "auto"
-    short_side: int | None = None
-    resize_method: ResizeMethod = "antialiased"
 
     def predict(self, image: UInt8Array | Image.Image | str | Path) -> Detections:
         """Find the objects of one image.
@@ -59,15 +50,10 @@ class Predictor:
         """
         pixels = _to_array(image)
         height, width = pixels.shape[:2]
-        canvas, image_height, image_width = choose_canvas(height, width, self.canvases, self.short_side)
-        images = torch.zeros(1, 3, *self.canvases[canvas], dtype=torch.uint8)
-        resized = torch.from_numpy(np.array(resize_image(pixels, image_height, image_width, self.resize_method)))
-        images[0, :, :image_height, :image_width] = resized.permute(2, 0, 1)
-        device = next(self.model.parameters()).device
-        sizes = torch.tensor([[image_height, image_width]], device=device)
-        with autocast(autocast_dtype(self.precision, device.type), device.type):
-            found = self.model.detect(images.to(device), sizes)[0]
-        return to_original(found, (image_height, image_width), (height, width), self.model.config)
+        views = views_of(pixels, height, width, self.viewing)
+        dtype = autocast_dtype(self.precision, next(self.model.parameters()).device.type)
+        found = [detect_views(self.model, [view], dtype)[0] for view in views]
+        return unite(views, found, height, width, self.viewing, self.model.config)
 
     def masks(self, detections: Detections, height: int, width: int) -> npt.NDArray[np.bool_]:
         """Bitmaps (N, height, width) of detections in an image of this size; N may be 0."""
@@ -91,14 +77,8 @@ def load(
     model, description = build_model(resolve_checkpoint(checkpoint, storage_path, mlflow_uri))
     config = description.experiment()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Predictor(
-        model,
-        description.class_names,
-        config.data.canvases,
-        config.train.precision,
-        config.data.short_side,
-        config.data.resize_method,
-    )
+    viewing = Viewing(config.data.canvases, config.data.short_side, config.data.resize_method)
+    return Predictor(model, description.class_names, viewing, config.train.precision)
 
 
 def _to_array(image: UInt8Array | Image.Image | str | Path) -> UInt8Array:
@@ -149,47 +129,3 @@ def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[s
     model = MaskRCNN(config.model, len(class_names) + 1)
     load_judged_state(weights, model)
     return model
-
-
-def evaluate_model(
-    config: ExperimentConfig, model: MaskRCNN, data: PreparedData, placement: Placement
-) -> dict[str, float]:
-    """COCO AP of a model on the validation rows, shared out among tasks of the cluster.
-
-    Args:
-        config: scaling, train.precision.
-        model: on the CPU, of the data's classes.
-        data: shards.
-        placement: what a task gets.
-
-    Returns:
-        The numbers of `AP_METRICS`.
-    """
-    import ray
-
-    manifest = ShardSet(data.validation).manifest
-    sent = ray.put(model)  # not its file: that may be on this node alone
-    device = "cuda" if placement.use_gpu else "cpu"
-    num_tasks = min(config.scaling.num_workers, manifest.num_rows)
-    task = ray.remote(_evaluate_part).options(
-        num_cpus=placement.resources_per_worker["CPU"], num_gpus=placement.resources_per_worker.get("GPU", 0)
-    )
-    dumped = config.model_dump(mode="json")
-    parts = ray.get([task.remote(dumped, sent, device, data.validation, part, num_tasks) for part in range(num_tasks)])
-    seen = [entry for part in parts for entry in part]
-    return average_precision(seen, manifest.num_rows, manifest.num_classes)
-
-
-def _evaluate_part(
-    dumped: dict[str, Any], model: MaskRCNN, device_type: str, validation: str, part: int, num_parts: int
-) -> list[EvaluatedRow]:
-    """Ray task: evaluate every num_parts-th row."""
-    config = ExperimentConfig.model_validate(dumped)
-    shards = ShardSet(validation)
-    device = torch.device(device_type)
-    if device.type == "cpu":
-        torch.set_num_threads(config.scaling.cpus_per_worker)
-    model = copy.deepcopy(model)  # what comes out of the object store is read-only
-    model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    rows = rows_of_worker(len(shards), part, num_parts)
-    return evaluate_rows(model, shards, rows, BATCH_SIZE, autocast_dtype(config.train.precision, device.type))

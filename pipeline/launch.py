@@ -434,11 +434,13 @@ def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> 
 
 
 def _record_checkpoints(tracker: Any, folder: str) -> None:
-    """Have MLflow keep the best and the last checkpoint."""
+    """Have MLflow keep the best and the last checkpoint, and the best as a model that it can serve."""
     stored = CheckpointStore(folder).list()
     for checkpoint, artifact_path in ((best(stored), BEST_CHECKPOINT), (stored[-1], LAST_CHECKPOINT)):
         if checkpoint is not None:
             tracker.log_folder.remote(checkpoint.path, artifact_path)
+    if (chosen := best(stored)) is not None:
+        tracker.log_model.remote(chosen.path)
 
 
 def _end_run(tracker: Any, status: str, say: Say, shown: bool) -> str | None:

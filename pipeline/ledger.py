@@ -44,6 +44,10 @@ class StepLedger:
         optimizer.register_step_pre_hook(self._before_update)
         optimizer.register_step_post_hook(self._after_update)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepLedger:
+        """The same: a copy of the model that is evaluated must not take a ledger of its own along."""
+        return self
+
     def next_batch(self, step: int, batches: Iterator[Batch], to_device: Callable[[Batch], Batch]) -> Batch:
         """The next batch on the device; a step is sampled from its first batch on."""
         if step != self._step:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.tracking import BEST_CHECKPOINT, download_checkpoint
+from pipeline.tracking import BEST_CHECKPOINT, download_checkpoint, served_models
 
 CHAMPION = "champion"
 JUDGED_METRIC = "segm_AP"
@@ -86,6 +86,10 @@ def _version_of_run(client: Any, name: str, run_id: str, segm_ap: float, validat
         if version.run_id == run_id:
             return version
     tags = {AP_TAG: repr(float(segm_ap)), DIGEST_TAG: validation_digest}
+    served = served_models(client, run_id)
+    if served:  # what MLflow can serve, of the same checkpoint
+        source = client.get_logged_model(served[-1]).artifact_location
+        return client.create_model_version(name, source, run_id, tags=tags, model_id=served[-1])
     run = client.get_run(run_id)
     return client.create_model_version(name, f"{run.info.artifact_uri}/{BEST_CHECKPOINT}", run_id, tags=tags)
 

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "data.shards",
     "data.object_store_megabytes",
     "run.",
+    "predict.",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from functools import lru_cache
 
 from pyarrow import fs as arrow_fs
@@ -82,16 +83,22 @@ def read_bytes(path: str) -> bytes:
 
 def write_bytes(path: str, content: bytes) -> None:
     """Write a file whole: a reader sees the old content or the new one, never a part."""
+    write_pieces(path, (content,))
+
+
+def write_pieces(path: str, pieces: Iterable[bytes]) -> None:
+    """Write a file out of pieces that need not all be in memory, whole as `write_bytes` does."""
     filesystem, inner = open_filesystem(path)
     if is_url(path):  # object stores show an object when its upload is complete
         with filesystem.open_output_stream(inner) as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
         return
     os.makedirs(os.path.dirname(inner), exist_ok=True)
     partial = f"{inner}.{os.getpid()}.partial"
     try:
         with open(partial, "wb") as local_file:
-            local_file.write(content)
+            local_file.writelines(pieces)
             local_file.flush()
             os.fsync(local_file.fileno())
         os.replace(partial, inner)

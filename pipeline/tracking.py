@@ -20,9 +20,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.checkpoint import build_model, write_checkpoint
 from pipeline.checkpoint_store import local_folder
 from pipeline.errors import UserError
 from pipeline.findings import Finding, fix, well
@@ -40,6 +43,9 @@ MAX_METRICS_A_CALL = 1000  # MLflow's limit
 MAX_PARAMETERS_A_CALL = 100
 MAX_PARAMETER_LENGTH = 6000
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # what sending again does not mend
+SERVING_REQUIREMENTS = (
+    "torch", "torchvision", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "pycocotools", "mlflow",
+)  # fmt: skip
 
 
 def default_uri(storage_path: str) -> str:
@@ -202,6 +208,14 @@ class Tracker:
     def log_text(self, text: str, name: str) -> None:
         """Record a small file."""
         self._append_file(text.encode(), name, None)
+
+    def log_model(self, checkpoint: str) -> None:
+        """Record a checkpoint as a model that MLflow can serve, see `pipeline.serving`.
+
+        Args:
+            checkpoint: local folder or URL, which has to stay.
+        """
+        self._append({"kind": "model", "folder": checkpoint, "name": "the model to serve"})
 
     def log_folder(self, folder: str, artifact_path: str) -> None:
         """Record the files of a local folder, or of a checkpoint in a bucket, which has to stay."""
@@ -375,7 +389,7 @@ class Tracker:
         except (MlflowException, OSError, UserError) as error:
             self._failed_attempts += 1
             refused = isinstance(error, MlflowException) and error.error_code in REFUSALS
-            is_artifact = record["kind"] in ("file", "folder")
+            is_artifact = record["kind"] in ("file", "folder", "model")
             if not refused and not (is_artifact and self._failed_attempts >= ARTIFACT_ATTEMPTS and _answers(client)):
                 raise
             self._failed_attempts = 0
@@ -383,6 +397,11 @@ class Tracker:
             self._notices.append(f"MLflow: {what} could not be recorded ({_first_line(error)})")
 
     def _send_artifact(self, client: Any, run_id: str, record: Record) -> None:
+        if record["kind"] == "model":
+            if not served_models(client, run_id):  # sent, but the mark did not get that far
+                with local_folder(record["folder"]) as folder:
+                    _log_served_model(self._uri, run_id, folder)
+            return
         if record["kind"] == "folder":
             with local_folder(record["folder"]) as folder:
                 for name in sorted(os.listdir(folder)):
@@ -550,6 +569,59 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[name] = str(value)
     return flat
+
+
+def served_models(client: Any, run_id: str) -> list[str]:
+    """Ids of the models that a run has logged."""
+    outputs = client.get_run(run_id).outputs
+    return [output.model_id for output in outputs.model_outputs] if outputs else []
+
+
+def _log_served_model(uri: str, run_id: str, checkpoint: str) -> None:
+    """Log the weights that a checkpoint is judged by, without its optimiser, and the code that serves them."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    root = Path(__file__).resolve().parents[1]
+    mlflow.set_tracking_uri(uri)
+    model, description = build_model(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(folder, model, None, description)
+        Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            loader_module="pipeline.serving",
+            data_path=folder,
+            code_paths=[str(root / "pipeline"), str(root / "model")],
+            pip_requirements=[f"{name}=={version(name)}" for name in SERVING_REQUIREMENTS],
+        )
+
+
+def download_model(reference: str, uri: str) -> str:
+    """Local folder with the checkpoint of a model of the registry, or of one that a run has logged.
+
+    Args:
+        reference: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/ID`.
+        uri: tracking server or store.
+
+    Raises:
+        UserError: there is none, or it was not logged by us.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    mlflow.set_tracking_uri(uri)
+    try:
+        folder = mlflow.artifacts.download_artifacts(reference, dst_path=tempfile.mkdtemp(prefix="model-"))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{reference} at {uri}: {_first_line(error)}") from error
+    for place, _, names in os.walk(folder):
+        if "checkpoint.json" in names:
+            return str(place)
+    raise UserError(f"{reference} at {uri}: holds no checkpoint of ours")
 
 
 def download_checkpoint(run_id: str, uri: str) -> str:

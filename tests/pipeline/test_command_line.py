@@ -194,7 +194,7 @@ def test_keys_are_those_of_the_configuration() -> None:
             found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
         return found
 
-    config = ExperimentConfig.model_validate({"data": {"synthetic": {}}})
+    config = ExperimentConfig.model_validate({"data": {"synthetic": {}}, "predict": {"tiling": {}}})
     keys = list(known_keys())
     assert set(keys) == leaves(config.model_dump())
     assert len(keys) == len(set(keys)) > 70

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 import model.config
 import pipeline.config
+import pipeline.predict_config
 from model.config import Config
 from pipeline.command_line import known_keys, parse
 from pipeline.config import CocoSource, DataSettings, ExperimentConfig
@@ -21,7 +22,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
 def config_classes() -> list[type[Config]]:
     found = {
         value
-        for module in (model.config, pipeline.config)
+        for module in (model.config, pipeline.config, pipeline.predict_config)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Config) and value is not Config
     }
@@ -78,13 +79,14 @@ def help_text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_has_a_line_for_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
     shown = help_text(capsys, "--help")
     for key in known_keys():
-        if not key.startswith("data.synthetic."):  # has a help of its own, see below
+        if not key.startswith(("data.synthetic.", "predict.tiling.")):  # have a help of their own, see below
             assert f"--{key} " in shown, key
     visited = 0
     for kind in config_classes():
         text = {
             "CocoSource": help_text(capsys, "--data.sources.help"),
             "SyntheticSettings": help_text(capsys, "--data.synthetic.help"),
+            "TilingSettings": help_text(capsys, "--predict.tiling.help"),
         }.get(kind.__name__, shown)
         for name, line in docstrings(kind).items():
             if not is_group(kind, name):
