@@ -18,7 +18,8 @@ from model.mask_rcnn import MaskRCNN
 from pipeline import cluster, prepare
 from pipeline.command_line import parse, run_job, say
 from pipeline.evaluation import average_precision, evaluate_rows
-from pipeline.inference import BATCH_SIZE, find_weights, load_weights
+from pipeline.evaluation_tasks import BATCH_SIZE
+from pipeline.inference import find_weights, load_weights
 from pipeline.search import draw_points
 from pipeline.search_space import apply_point
 from pipeline.shards import ShardSet

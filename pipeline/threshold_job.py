@@ -16,7 +16,8 @@ from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.doctor import check_at_start
 from pipeline.evaluation import rows_of_worker
-from pipeline.inference import BATCH_SIZE, find_weights, load_weights
+from pipeline.evaluation_tasks import BATCH_SIZE
+from pipeline.inference import find_weights, load_weights
 from pipeline.search import draw_points
 from pipeline.search_space import Point, Space, apply_point
 from pipeline.shards import ShardSet
