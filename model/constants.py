@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 
-def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(len(values),) tensor, shared by all who ask for it: never change it in place."""
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """(len(values),) tensor, shared by all who ask for it: never change it in place.
+
+    Args:
+        values: few.
+        device: of the tensor.
+        dtype: of the tensor, None for torch's default.
+    """
+    dtype = dtype or torch.get_default_dtype()
     if torch.compiler.is_compiling():  # also while exporting: what is made there must not be kept
         return torch.tensor(values, dtype=dtype, device=device)
     return _kept(tuple(values), device, dtype)

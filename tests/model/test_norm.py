@@ -1,10 +1,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from model.config import NormKind
-from model.norm import RowBatchNorm, apply_norm, make_norm
+from model.norm import FrozenNorm, RowBatchNorm, apply_norm, make_norm
 
 CHANNELS = 6
 
@@ -97,7 +96,7 @@ def test_one_row_with_many_cells_has_statistics() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layer"),
-    [("batch", RowBatchNorm), ("frozen", FrozenBatchNorm2d), ("group", nn.GroupNorm), ("none", nn.Identity)],
+    [("batch", RowBatchNorm), ("frozen", FrozenNorm), ("group", nn.GroupNorm), ("none", nn.Identity)],
 )
 def test_make_norm_by_name(kind: NormKind, layer: type[nn.Module]) -> None:
     norm = make_norm(kind, 48)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import FrozenBatchNorm2d
 
 from model.config import FpnConfig, ModelConfig, NormConfig
 from model.mask_rcnn import MaskRCNN
@@ -249,8 +250,8 @@ def test_another_epsilon_of_frozen_norms_gives_the_same_numbers() -> None:
     config = tiny_config()
     theirs, ours = random_model(config, seed=1).eval(), random_model(config, seed=2).eval()
     for module in theirs.modules():
-        if type(module).__name__ == "FrozenBatchNorm2d":
-            module.eps = 0.0  # type: ignore[assignment]
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0
     theirs.state_dict()["backbone.stem.1.running_var"].mul_(1e-4)  # where epsilon matters
     state, report = fit_weights(source_of(theirs, norm_epsilon=0.0), ours, NAMES)
     weight, variance = (theirs.state_dict()[f"backbone.stem.1.{name}"] for name in ("weight", "running_var"))
