@@ -209,6 +209,9 @@ def test_room_is_reckoned_about_as_large_as_a_checkpoint_is(tmp_path: Path) -> N
 
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     check_writable(str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    check_writable(str(tmp_path / "run"))
     assert os.listdir(tmp_path / "run") == []
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^run\.storage_path: .*/file/run cannot be written \("):

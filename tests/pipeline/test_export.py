@@ -51,11 +51,14 @@ def lively_model(preset: str | None = None, **detections: Any) -> MaskRCNN:
             buffer.uniform_(0.5, 1.5)
     model.eval()
     # Scores that spread, whatever the size of the features: logits of a standard deviation of 2, deltas of 1.
-    predictors = (model.box_head.class_logits, model.box_head.box_deltas, model.mask_head.mask_logits)
-    for predictor, spread in zip(predictors, (2.0, 1.0, 2.0), strict=True):
+    for predictor, says, spread in (
+        (model.box_head.class_logits, model.box_head.class_logits, 2.0),
+        (model.box_head.box_deltas, model.box_head.box_deltas, 1.0),
+        (model.mask_head.mask_logits, model.mask_head, 2.0),  # computed for the class that counts alone
+    ):
         assert isinstance(predictor.weight, torch.Tensor)
         seen: list[torch.Tensor] = []
-        handle = predictor.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        handle = says.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
         model.detect(*_pictures(CANVAS, 1))
         handle.remove()
         if seen[0].numel():
