@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from model.config import ModelConfig
+from model.folded import folded
 from model.mask_rcnn import MaskRCNN
 from model.postprocess import to_original
 from model.variants import SharedDetections, detect_variants
@@ -51,7 +52,7 @@ def sweep_rows(
     """Ground truth and results of some rows with each of the thresholds.
 
     Args:
-        model: in evaluation mode.
+        model: left as it is.
         shards: validation data.
         rows: which of them.
         batch_size: images a forward pass.
@@ -59,11 +60,12 @@ def sweep_rows(
         variants: configurations that differ from the model's in `model.variants.VARIABLE_KEYS` only, one a point.
     """
     device = next(model.parameters()).device
+    judged = folded(model, dtype)  # as `evaluate_rows` does
     swept = []
     for group in row_groups(shards, rows, batch_size):
         images, sizes = batch_of_rows(group, shards.manifest)
         with autocast(dtype, device.type):
-            found = detect_variants(model, images.to(device), sizes.to(device), variants)
+            found = detect_variants(judged, images.to(device), sizes.to(device), variants)
         for values, size, shared in zip(group, sizes.tolist(), found, strict=True):
             swept.append(_swept_row(values, (size[0], size[1]), shared, shards.manifest, model.config))
     return swept

@@ -25,7 +25,7 @@ def uri(folder: Path) -> str:
 def ended_run(uri: str, folder: Path, name: str, with_checkpoint: bool = True) -> str:
     """A run with a checkpoint that tells its name."""
     tracker = Tracker(uri, "experiment", name, str(folder / name), (folder / "artifacts").as_uri())
-    run_id = tracker.start(None, {})
+    run_id = tracker.start(None, {}, 60.0)
     assert run_id is not None
     if with_checkpoint:
         checkpoint = folder / f"checkpoint-of-{name}"
