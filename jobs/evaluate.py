@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
 
     from pipeline import cluster, doctor, evaluation_report, prepare, storage
     from pipeline.earlier_predictions import match_keys, read_manifest
-    from pipeline.evaluation import average_precision
+    from pipeline.evaluation import average_precision, proposal_recall
     from pipeline.evaluation_tasks import evaluate_model, evaluate_predictions
     from pipeline.inference import find_weights, load_weights
     from pipeline.shards import ShardSet
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         rows = evaluate_predictions(config, started_from, validation, match_keys(started_from, shards, say))
     else:
         rows = evaluate_model(config, model, validation, placement)
-    metrics = average_precision(rows, len(shards), shards.manifest.num_classes)
+    metrics = average_precision(rows, len(shards), shards.manifest.num_classes) | proposal_recall(rows)
     for kind in ("bbox", "segm"):
         say("  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith(kind)))
     seconds = round(time.monotonic() - started, 1)

@@ -100,4 +100,5 @@ def _evaluate_part(
     model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     rows = rows_of_worker(len(shards), part, num_parts)
     dtype = autocast_dtype(config.train.precision, device.type)
-    return evaluate_rows(model, shards, rows, BATCH_SIZE, dtype, viewing=augmented_viewing(config, shards))
+    recall = config.train.rpn_recall
+    return evaluate_rows(model, shards, rows, BATCH_SIZE, dtype, recall, augmented_viewing(config, shards))
