@@ -187,5 +187,5 @@ def test_a_training_hears_the_loopback_alone_and_keeps_no_secret(tmp_path: Path,
         assert [str(path) for path in [*kept, *logs] if secret.encode() in path.read_bytes()] == []
     summaries = [
         line for line in text.splitlines() if line.startswith("{")
-    ]  # Ray's workers may say something behind it
+    ]
     assert json.loads(summaries[-1])["steps"] > 0
