@@ -400,7 +400,7 @@ class Tracker:
         if record["kind"] == "model":
             if not served_models(client, run_id):  # sent, but the mark did not get that far
                 with local_folder(record["folder"]) as folder:
-                    _log_served_model(self._uri, run_id, folder)
+                    _log_served_model(self._uri, client.get_run(run_id).info, folder)
             return
         if record["kind"] == "folder":
             with local_folder(record["folder"]) as folder:
@@ -577,13 +577,15 @@ def served_models(client: Any, run_id: str) -> list[str]:
     return [output.model_id for output in outputs.model_outputs] if outputs else []
 
 
-def _log_served_model(uri: str, run_id: str, checkpoint: str) -> None:
+def _log_served_model(uri: str, run: Any, checkpoint: str) -> None:
     """Log the weights that a checkpoint is judged by, without its optimiser, and the code that serves them."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
     root = Path(__file__).resolve().parents[1]
     mlflow.set_tracking_uri(uri)
+    # Else it goes to the default experiment, whose artifacts lie below the working directory.
+    mlflow.set_experiment(experiment_id=run.experiment_id)
     model, description = build_model(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, model, None, description)
@@ -591,7 +593,7 @@ def _log_served_model(uri: str, run_id: str, checkpoint: str) -> None:
             artifact_path=None,
             name="model",
             flavor=mlflow.pyfunc,
-            run_id=run_id,
+            run_id=run.run_id,
             loader_module="pipeline.serving",
             data_path=folder,
             code_paths=[str(root / "pipeline"), str(root / "model")],

@@ -185,7 +185,5 @@ def test_a_training_hears_the_loopback_alone_and_keeps_no_secret(tmp_path: Path,
     for secret in SECRETS.values():
         assert secret not in text
         assert [str(path) for path in [*kept, *logs] if secret.encode() in path.read_bytes()] == []
-    summaries = [
-        line for line in text.splitlines() if line.startswith("{")
-    ]
+    summaries = [line for line in text.splitlines() if line.startswith("{")]
     assert json.loads(summaries[-1])["steps"] > 0

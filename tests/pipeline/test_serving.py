@@ -52,6 +52,8 @@ def storage(checkpoint: Path) -> Path:
     tracker.log_model(str(checkpoint))
     tracker.finish("FINISHED")
     assert tracker.get_progress()["problem"] is None
+    (stored,) = (path for path in folder.rglob("MLmodel"))
+    assert stored.is_relative_to(folder / "artifacts"), "with the run, not below the working directory"
     assert register(default_uri(str(folder)), "cells", run_id, 0.5, "digest").version == 1
     return folder
 
