@@ -16,7 +16,7 @@ RUNS ?= runs
 MLFLOW_PORT ?= 5000
 PACKAGES := jobs pipeline model
 
-.PHONY: help setup train test test-faults simulate lint format types imports check bench bench-report submit ui mlflow lock clean
+.PHONY: help setup train test test-faults test-sweeps simulate lint format types imports check bench bench-report submit ui mlflow lock clean
 
 help:  ## list the entries
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: setup  ## all tests, on a CPU; ARGS='tests/model -k anchors'
 
 test-faults: setup  ## trainings that are killed, frozen, starved, half an hour; ARGS='-k frozen', CHAOS_KILLS=20
 	@$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
+
+test-sweeps: setup  ## whole sweeps, one of them killed and begun again, minutes
+	@$(BIN)/python -m pytest -m sweeps tests/jobs/test_tune.py $(ARGS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(BIN)/ruff check .

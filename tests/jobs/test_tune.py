@@ -82,6 +82,7 @@ def swept(before: list[Trial], config: str) -> Outcome:
     return outcome
 
 
+@pytest.mark.sweeps
 @pytest.mark.cluster
 def test_it_goes_on_and_ends_with_the_best(swept: Outcome, before: list[Trial], sweep_folder: Path) -> None:
     summary = swept.last_line
@@ -98,6 +99,7 @@ def test_it_goes_on_and_ends_with_the_best(swept: Outcome, before: list[Trial], 
     assert {"rpn_AR_100", "rpn_AR_1000", "bbox_AP", "loss"} <= best.evaluations[0].keys()
 
 
+@pytest.mark.sweeps
 @pytest.mark.cluster
 def test_mlflow_has_a_child_for_every_trial_and_no_step_twice(swept: Outcome, folder: Path) -> None:
     client = MlflowClient(default_uri(str(folder / "runs")))
@@ -121,6 +123,7 @@ def test_mlflow_has_a_child_for_every_trial_and_no_step_twice(swept: Outcome, fo
     assert pictures >= {"pictures/objective.png", "pictures/parallel_coordinates.png"}
 
 
+@pytest.mark.sweeps
 @pytest.mark.cluster
 def test_losers_leave_no_weights_and_the_table_is_whole(swept: Outcome, sweep_folder: Path) -> None:
     best = swept.last_line["best_trial"]
@@ -131,6 +134,7 @@ def test_losers_leave_no_weights_and_the_table_is_whole(swept: Outcome, sweep_fo
     assert set(SPACE) <= set(table.column_names)
 
 
+@pytest.mark.sweeps
 @pytest.mark.cluster
 def test_a_finished_sweep_is_left_as_it_is(swept: Outcome, config: str, sweep_folder: Path) -> None:
     again = run_job("tune", "--config", config)
@@ -142,6 +146,7 @@ def test_a_finished_sweep_is_left_as_it_is(swept: Outcome, config: str, sweep_fo
     assert "train.epochs 3.0 -> 4.0" in changed.errors
 
 
+@pytest.mark.sweeps
 @pytest.mark.cluster
 def test_the_best_configuration_trains_to_what_the_trial_reached(swept: Outcome, sweep_folder: Path) -> None:
     best = sweep_folder / "best.yaml"
@@ -153,6 +158,7 @@ def test_the_best_configuration_trains_to_what_the_trial_reached(swept: Outcome,
     assert outcome.last_line["segm_AP"] == pytest.approx(swept.last_line["segm_AP"], abs=0.01)
 
 
+@pytest.mark.sweeps
 @pytest.mark.cluster
 def test_thresholds_of_a_checkpoint_without_training(swept: Outcome, folder: Path) -> None:
     config = swept.last_line["best_config"]
