@@ -207,13 +207,24 @@ def check_writable(run_folder: str) -> None:
     """
     probe = storage.join(run_folder, ".writable")
     try:
-        existed = storage.exists(run_folder)
+        missing = _first_missing_folder(run_folder)
         storage.write_bytes(probe, b"x")
         storage.delete_file(probe)
-        if not existed:
-            storage.delete_folder(run_folder)
+        if missing is not None:
+            storage.delete_folder(missing)
     except OSError as error:
         raise UserError(f"run.storage_path: {run_folder} cannot be written ({error})") from error
+
+
+def _first_missing_folder(folder: str) -> str | None:
+    """The uppermost folder of a path that is not there, None where all are; in a bucket only the last one matters."""
+    missing = None
+    while not storage.exists(folder):
+        missing = folder
+        if storage.is_url(folder) or os.path.dirname(folder) == folder:
+            break
+        folder = os.path.dirname(folder)
+    return missing
 
 
 def _commit_in_bucket(path: str, write: Callable[[str], None], before_it_counts: Callable[[], None]) -> None:

@@ -208,8 +208,8 @@ def test_room_is_reckoned_about_as_large_as_a_checkpoint_is(tmp_path: Path) -> N
 
 
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    check_writable(str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    check_writable(str(tmp_path / "runs" / "run"))
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "run").mkdir()
     check_writable(str(tmp_path / "run"))
     assert os.listdir(tmp_path / "run") == []
