@@ -207,22 +207,21 @@ def check_writable(run_folder: str) -> None:
     """
     probe = storage.join(run_folder, ".writable")
     try:
-        missing = _first_missing_folder(run_folder)
+        missing = _missing_folders(run_folder)
         storage.write_bytes(probe, b"x")
         storage.delete_file(probe)
-        if missing is not None:
-            storage.delete_folder(missing)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                os.rmdir(folder)
     except OSError as error:
         raise UserError(f"run.storage_path: {run_folder} cannot be written ({error})") from error
 
 
-def _first_missing_folder(folder: str) -> str | None:
-    """The uppermost folder of a path that is not there, None where all are; in a bucket only the last one matters."""
-    missing = None
-    while not storage.exists(folder):
-        missing = folder
-        if storage.is_url(folder) or os.path.dirname(folder) == folder:
-            break
+def _missing_folders(folder: str) -> list[str]:
+    """Folders of a local path that are not there, the innermost first; a bucket has none."""
+    missing = []
+    while not storage.is_url(folder) and not os.path.exists(folder):
+        missing.append(folder)
         folder = os.path.dirname(folder)
     return missing
 
