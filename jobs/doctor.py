@@ -16,16 +16,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from pipeline.command_line import FAILURE_EXIT_CODE, ConfigurationError, parse, run_job, say
+from pipeline.sweep_config import SweepConfig
 
 
 def main(arguments: list[str]) -> None:
     """Parse, look, tell."""
     optional = {
         "cluster": "a cluster.yaml to look at, instead of a running cluster",
-        "trials": "trials of a sweep at once, 1 by default",
+        "trials": "trials of a sweep at once; by default sweep.max_concurrent_trials, or 1",
     }
-    options = parse(__doc__ or "", arguments, optional=optional)
-    trials = options.trials or "1"
+    options = parse(__doc__ or "", arguments, optional=optional, config_type=SweepConfig)
+    config: SweepConfig = options.experiment
+    trials = options.trials or str(config.sweep.max_concurrent_trials or 1)
     if not trials.isdigit() or int(trials) < 1:
         raise ConfigurationError(f"--trials {trials}: has to be a whole number of at least 1")
 
@@ -62,7 +64,7 @@ def main(arguments: list[str]) -> None:
             except ConnectionError as error:
                 tell(doctor.refused_finding(address, error))
         if not counts[False]:
-            for finding in doctor.inside_findings(options.experiment, int(trials)):
+            for finding in doctor.inside_findings(config.base(), int(trials)):
                 tell(finding)
     say(json.dumps({"well": not counts[False], "seconds": round(time.monotonic() - started, 1)}))
     if counts[False]:

@@ -365,16 +365,18 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         if checkpoint is not None:
             return checkpoint
     if reference.startswith("models:/m-"):
-        from pipeline.tracking import default_uri, download_model
+        from pipeline.mlflow_models import download_model
+        from pipeline.mlflow_runs import default_uri
 
         return download_model(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     if re.fullmatch(r"[0-9a-f]{32}", reference):
-        from pipeline.tracking import default_uri, download_checkpoint
+        from pipeline.mlflow_models import download_checkpoint
+        from pipeline.mlflow_runs import default_uri
 
         return download_checkpoint(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     if reference.startswith("models:"):
+        from pipeline.mlflow_runs import default_uri
         from pipeline.registry import download_registered
-        from pipeline.tracking import default_uri
 
         return download_registered(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
     raise UserError(

@@ -309,6 +309,8 @@ class ScalingSettings(Config):
     """Data-parallel training processes."""
     min_workers: PositiveInt | None = None
     """Go on with as few workers while nodes are lost, the global batch staying as it is; null: wait for all."""
+    grow_minutes: PositiveFloat = 5.0
+    """How often fewer workers look whether there is room for more again; they start anew for that, so not too often."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """What workers train on; auto takes GPUs where the cluster has one for every worker."""
     cpus_per_worker: PositiveInt = 1

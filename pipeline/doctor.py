@@ -15,9 +15,10 @@ from pipeline.cluster_access import TOKEN_PLACES, job_server_findings, port_find
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 from pipeline.findings import Finding, fix, well
+from pipeline.mlflow_runs import default_uri
+from pipeline.mlflow_server import server_finding
 from pipeline.node_checks import ask_nodes, machine_findings, sight_findings, version_findings
 from pipeline.resource_checks import resource_findings
-from pipeline.tracking import default_uri, server_finding
 
 Say = Callable[[str], None]
 SENT_JOB_SECONDS = 120.0

@@ -20,8 +20,9 @@ from pipeline.evaluation_analysis import LvisFields, analyse
 from pipeline.evaluation_gallery import make_gallery
 from pipeline.evaluation_page import render
 from pipeline.initial_weights import Say
+from pipeline.mlflow_runs import default_uri, flatten
 from pipeline.shards import ShardSet
-from pipeline.tracking import Tracker, default_uri, flatten
+from pipeline.tracking import Tracker
 
 PAGE, NUMBERS = "report.html", "report.json"
 

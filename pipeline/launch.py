@@ -23,27 +23,19 @@ from pipeline.config import ExperimentConfig, ScalingSettings
 from pipeline.doctor import check_at_start
 from pipeline.errors import Terminated, UserError
 from pipeline.initial_weights import InitialWeights
+from pipeline.mlflow_models import BEST_CHECKPOINT, LAST_CHECKPOINT
+from pipeline.mlflow_runs import default_uri, flatten
 from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.run_actor import RunActor, RunActorSettings
 from pipeline.shards import ShardSet
-from pipeline.tracking import (
-    BEST_CHECKPOINT,
-    LAST_CHECKPOINT,
-    NAMESPACE,
-    SHOW_GROUP,
-    Tracker,
-    default_uri,
-    flatten,
-    journal_folder,
-)
+from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, journal_folder
 from pipeline.worker import make_plan, total_steps, train_worker
 
 Say = Callable[[str], None]
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 FINISH_SECONDS, KILLED_SECONDS = 60.0, 1.5  # for the last delivery to MLflow; Ray kills a stopped job after 3 s
-RESIZE_SECONDS = 300.0  # a group that grows is started again, so not too often
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
@@ -373,7 +365,7 @@ def _fit(
             num_workers=_worker_range(config.scaling),
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.resources_per_worker,
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            elastic_resize_monitor_interval_s=config.scaling.grow_minutes * 60,
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,

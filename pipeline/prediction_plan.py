@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.mlflow_runs import flatten
 from pipeline.prediction_inputs import Entry, Inputs, Kind
 from pipeline.prediction_schema import SCHEMA_VERSION
-from pipeline.tracking import flatten
 
 PLAN_FILE, RUN_FILE, ERRORS_FILE, MANIFEST_FILE = "plan.parquet", "run.json", "errors.parquet", "manifest.json"
 _SCHEMA = pa.schema(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.tracking import BEST_CHECKPOINT, download_checkpoint, served_models
+from pipeline.mlflow_models import BEST_CHECKPOINT, download_checkpoint, served_models
 
 CHAMPION = "champion"
 JUDGED_METRIC = "segm_AP"

@@ -34,12 +34,12 @@ def resource_findings(config: ExperimentConfig, capacity: Capacity, trials: int 
 
 
 def _room(config: ExperimentConfig, capacity: Capacity, worker: dict[str, float], trials: int) -> Finding:
-    """CPUs and GPUs for workers, for reading data, and for the trials themselves."""
+    """CPUs and GPUs for workers and for reading data; a trial itself only waits for its workers."""
     num_workers = config.scaling.num_workers
     need = {name: trials * num_workers * amount for name, amount in worker.items()}
-    need["CPU"] += trials * MIN_CPUS_FOR_DATA + (trials if trials > 1 else 0)
+    need["CPU"] += trials * MIN_CPUS_FOR_DATA
     group = f"{num_workers} workers x ({_amounts(worker, worker, ' + ')}) + {MIN_CPUS_FOR_DATA} CPU for reading"
-    total = group if trials == 1 else f"{trials} trials x ({group} + 1 CPU for the trial itself)"
+    total = group if trials == 1 else f"{trials} trials x ({group})"
     fit = capacity.num_that_fit(worker)
     have = {name: capacity.total(name) for name in need}
     text = f"{total} = {_amounts(need, need)}; {len(capacity.nodes)} nodes have {_amounts(have, need)}"
@@ -68,7 +68,7 @@ def _what_fits(config: ExperimentConfig, capacity: Capacity, worker: dict[str, f
     """What to change where nothing more will come."""
     fit, cpus = capacity.num_that_fit(worker), capacity.total("CPU")
     if trials > 1:
-        per_trial = config.scaling.num_workers * worker["CPU"] + MIN_CPUS_FOR_DATA + 1
+        per_trial = config.scaling.num_workers * worker["CPU"] + MIN_CPUS_FOR_DATA
         at_once = int(min(cpus // per_trial, fit // config.scaling.num_workers))
         if at_once > 0:
             return f"run {at_once} trials at once"

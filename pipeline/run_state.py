@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
-from pipeline.tracking import flatten
+from pipeline.mlflow_runs import flatten
 
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
 

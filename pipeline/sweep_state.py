@@ -12,8 +12,9 @@ from typing import Any
 from pipeline import run_state, storage
 from pipeline.errors import UserError
 from pipeline.launch import tracking_uri
+from pipeline.mlflow_runs import flatten
 from pipeline.sweep_config import SweepConfig
-from pipeline.tracking import SweepRecord, flatten
+from pipeline.sweep_record import SweepRecord
 
 Say = Callable[[str], None]
 SWEEP_FILE, RESULT_FILE = "sweep.json", "result.json"

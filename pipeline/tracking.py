@@ -1,4 +1,4 @@
-"""MLflow: the one place that owns its client. A failure here is told once and never stops a training.
+"""A training in MLflow. A failure here is told once and never stops a training.
 
 The tracker is a Ray actor on the driver's node, so a sqlite file there is reached from wherever the workers run.
 Workers send it rows and go on. It writes them to a journal on its disk, and a thread of its own delivers the journal to
@@ -8,85 +8,40 @@ that may have arrived is sent again as it was, and MLflow's stores keep the same
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import importlib.metadata
-import logging
 import math
 import os
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.checkpoint import build_model, write_checkpoint
 from pipeline.checkpoint_store import local_folder
 from pipeline.errors import UserError
-from pipeline.findings import Finding, fix, well
 from pipeline.journal import Journal, Record
+from pipeline.mlflow_models import log_served_model, served_models
+from pipeline.mlflow_runs import (
+    JOURNAL_TAG,
+    MAX_METRICS_A_CALL,
+    PARENT_TAG,
+    RUN_TAG,
+    answers,
+    find_experiment,
+    first_line,
+    log_parameters,
+    run_if_there,
+    run_with_tag,
+)
 
 NAMESPACE = "mask-rcnn"
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
-BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"
-RUN_TAG, JOURNAL_TAG, PARENT_TAG = "mask_rcnn.run_folder", "mask_rcnn.journal", "mlflow.parentRunId"
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 10.0
-SERVER_SECONDS = 5.0
 ARTIFACT_ATTEMPTS = 3
-MAX_METRICS_A_CALL = 1000  # MLflow's limit
-MAX_PARAMETERS_A_CALL = 100
-MAX_PARAMETER_LENGTH = 6000
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # what sending again does not mend
-SERVING_REQUIREMENTS = (
-    "torch", "torchvision", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "pycocotools", "mlflow",
-)  # fmt: skip
-
-
-def default_uri(storage_path: str) -> str:
-    """The sqlite file of a local storage path.
-
-    Raises:
-        UserError: the storage path is a bucket, where no sqlite file can live.
-    """
-    if "://" in storage_path:
-        raise UserError(
-            f"run.storage_path {storage_path} cannot hold MLflow's sqlite file; name a server with --run.mlflow_uri"
-        )
-    return f"sqlite:///{os.path.abspath(storage_path)}/mlflow.db"
-
-
-def server_finding(uri: str) -> Finding:
-    """Whether MLflow can be used: its server answers and is of our version, or a sqlite file is on this node's disk."""
-    ours = importlib.metadata.version("mlflow")  # importing it would take seconds
-    if not uri.startswith(("http://", "https://")):
-        return well("mlflow", f"{uri}, on the driver's node (MLflow {ours})")
-    try:
-        request = urllib.request.Request(f"{uri.rstrip('/')}/version", headers=_credentials())
-        with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
-            theirs = answer.read(100).decode().strip()
-    except (OSError, ValueError) as error:
-        return fix(
-            "mlflow", f"{uri} does not answer ({_first_line(error)}); see to run.mlflow_uri, or start the server"
-        )
-    if theirs.split(".")[0] != ours.split(".")[0]:
-        return fix("mlflow", f"{uri} is MLflow {theirs}, here it is {ours}; give the server the same major version")
-    return well("mlflow", f"{uri} answers, MLflow {theirs} there and {ours} here")
-
-
-def _credentials() -> dict[str, str]:
-    """Of the environment, as MLflow's own client sends them."""
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return {"Authorization": f"Bearer {token}"}
-    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        both = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
-        return {"Authorization": f"Basic {base64.b64encode(both.encode()).decode()}"}
-    return {}
 
 
 def journal_folder(run_folder: str) -> str:
@@ -237,7 +192,7 @@ class Tracker:
         try:
             self._append({"kind": "file", "file": keep(), "name": name, "to": to})
         except OSError as error:
-            self._problem = f"{self._journal.folder}: {name} could not be kept ({_first_line(error)})"
+            self._problem = f"{self._journal.folder}: {name} could not be kept ({first_line(error)})"
 
     def _append(self, record: Record) -> None:
         try:
@@ -307,7 +262,7 @@ class Tracker:
             self._send_records(self._run_id)
         except Exception as error:  # MLflow, its database and the network raise many kinds
             self._problem = (
-                f"MLflow at {self._uri} does not answer ({_first_line(error)}); "
+                f"MLflow at {self._uri} does not answer ({first_line(error)}); "
                 f"what it is to be told is kept in {self._journal.folder} and sent again"
             )
             return False
@@ -321,13 +276,13 @@ class Tracker:
     def _attach(self) -> str:
         """The run that the journal goes to: the one known, one with the journal's or the folder's tag, or a new one."""
         client = self._client()
-        experiment_id = _experiment_id(client, self._experiment, self._artifacts_folder)
+        experiment_id = find_experiment(client, self._experiment, self._artifacts_folder)
         is_fresh = self._journal.mark.run_id is None
-        run = _run_if_there(client, self._journal.mark.run_id or self._known_run_id)
-        run = run or _run_with_tag(client, experiment_id, JOURNAL_TAG, self._journal.mark.token)
+        run = run_if_there(client, self._journal.mark.run_id or self._known_run_id)
+        run = run or run_with_tag(client, experiment_id, JOURNAL_TAG, self._journal.mark.token)
         if run is None and is_fresh:
             # Begun by an attempt that did not live to write it down; not the finished one of a deleted folder.
-            run = _run_with_tag(client, experiment_id, RUN_TAG, self._run_folder, "attributes.status = 'RUNNING'")
+            run = run_with_tag(client, experiment_id, RUN_TAG, self._run_folder, "attributes.status = 'RUNNING'")
         if run is None:
             tags = {RUN_TAG: self._run_folder, JOURNAL_TAG: self._journal.mark.token}
             run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)
@@ -376,7 +331,7 @@ class Tracker:
 
         try:
             if record["kind"] == "parameters":
-                _log_parameters(client, run_id, record["parameters"])
+                log_parameters(client, run_id, record["parameters"])
             elif record["kind"] == "parent":
                 client.set_tag(run_id, PARENT_TAG, record["run_id"])
             elif record["kind"] == "begin":
@@ -390,17 +345,17 @@ class Tracker:
             self._failed_attempts += 1
             refused = isinstance(error, MlflowException) and error.error_code in REFUSALS
             is_artifact = record["kind"] in ("file", "folder", "model")
-            if not refused and not (is_artifact and self._failed_attempts >= ARTIFACT_ATTEMPTS and _answers(client)):
+            if not refused and not (is_artifact and self._failed_attempts >= ARTIFACT_ATTEMPTS and answers(client)):
                 raise
             self._failed_attempts = 0
             what = record.get("name") or record.get("to") or record["kind"]
-            self._notices.append(f"MLflow: {what} could not be recorded ({_first_line(error)})")
+            self._notices.append(f"MLflow: {what} could not be recorded ({first_line(error)})")
 
     def _send_artifact(self, client: Any, run_id: str, record: Record) -> None:
         if record["kind"] == "model":
             if not served_models(client, run_id):  # sent, but the mark did not get that far
                 with local_folder(record["folder"]) as folder:
-                    _log_served_model(self._uri, client.get_run(run_id).info, folder)
+                    log_served_model(self._uri, client.get_run(run_id).info, folder)
             return
         if record["kind"] == "folder":
             with local_folder(record["folder"]) as folder:
@@ -415,232 +370,3 @@ class Tracker:
             os.symlink(kept, path)
             client.log_artifact(run_id, path, record["to"])
         kept.unlink()
-
-
-def _experiment_id(client: Any, name: str, artifacts_folder: str | None) -> str:
-    """Of the experiment of this name, which is made where there is none."""
-    experiment = client.get_experiment_by_name(name)
-    return str(experiment.experiment_id if experiment else client.create_experiment(name, artifacts_folder))
-
-
-def _log_parameters(client: Any, run_id: str, parameters: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    items = [Param(key, value[:MAX_PARAMETER_LENGTH]) for key, value in parameters.items()]
-    for start in range(0, len(items), MAX_PARAMETERS_A_CALL):
-        client.log_batch(run_id, params=items[start : start + MAX_PARAMETERS_A_CALL])
-
-
-def _run_if_there(client: Any, run_id: str | None) -> Any:
-    """The run of this id, None without an id or where it is gone."""
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        return None
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-
-
-def _run_with_tag(client: Any, experiment_id: str, tag: str, value: str, further: str | None = None) -> Any:
-    """The latest run of an experiment with this tag, None where there is none."""
-    quote = '"' if "'" in value else "'"
-    wanted = [f"tags.`{tag}` = {quote}{value}{quote}", *([further] if further else [])]
-    return next(iter(client.search_runs([experiment_id], " and ".join(wanted), max_results=1)), None)
-
-
-def _answers(client: Any) -> bool:
-    """Whether MLflow itself is there, so that a failed upload is the fault of its artifact store."""
-    try:
-        client.search_experiments(max_results=1)
-    except Exception:
-        return False
-    return True
-
-
-class SweepRecord:
-    """The MLflow run of a sweep, and what the runs of its trials are told; a failure is said and stops nothing."""
-
-    def __init__(self, uri: str, experiment: str, artifacts_folder: str | None, say: Callable[[str], None]) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells that it makes its tables
-        self._uri, self._experiment, self._artifacts_folder, self._say = uri, experiment, artifacts_folder, say
-
-    def begin(
-        self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None = None
-    ) -> str | None:
-        """Take up a run, or begin one.
-
-        Args:
-            known: id of the run where it was begun before.
-            name: of the run.
-            run_folder: by which a run is found that was begun but not written down; a child also where it has ended.
-            parameters: logged once.
-            parent: run that it is a child of.
-
-        Returns:
-            Its id, None where MLflow cannot be reached.
-        """
-        run_id: str | None = self._try(
-            f"{name} could not be recorded", partial(self._begin, known, name, run_folder, parameters, parent)
-        )
-        return run_id
-
-    def _begin(
-        self, known: str | None, name: str, run_folder: str, parameters: Mapping[str, str], parent: str | None
-    ) -> str:
-        client = self._client()
-        experiment_id = _experiment_id(client, self._experiment, self._artifacts_folder)
-        further = f"tags.`{PARENT_TAG}` = '{parent}'" if parent else "attributes.status = 'RUNNING'"
-        run = _run_if_there(client, known) or _run_with_tag(client, experiment_id, RUN_TAG, run_folder, further)
-        if run is not None:
-            client.update_run(run.info.run_id, status="RUNNING")
-            return str(run.info.run_id)
-        tags = {RUN_TAG: run_folder, **({PARENT_TAG: parent} if parent else {})}
-        run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
-        _log_parameters(client, run_id, parameters)
-        return run_id
-
-    def log_series(self, run_id: str, rows: Sequence[Mapping[str, float]]) -> None:
-        """Record metrics of points, the number of a point as its step."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for step, row in enumerate(rows) for name, value in row.items()]
-        for start in range(0, len(metrics), MAX_METRICS_A_CALL):
-            part = metrics[start : start + MAX_METRICS_A_CALL]
-            self._try("metrics could not be recorded", partial(self._call, "log_batch", run_id, metrics=part))
-
-    def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        """Record small files by their path in the run."""
-        with tempfile.TemporaryDirectory() as scratch:
-            for path, content in files.items():
-                folder, name = os.path.split(path)
-                local = os.path.join(scratch, name)
-                with open(local, "wb") as file:
-                    file.write(content)
-                self.log_file(run_id, local, folder)
-
-    def log_file(self, run_id: str, path: str, folder: str) -> None:
-        """Record a local file in a folder of the run, "" for its top."""
-        problem = f"{os.path.basename(path)} could not be recorded"
-        self._try(problem, partial(self._call, "log_artifact", run_id, path, folder or None))
-
-    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a run."""
-        for key, value in tags.items():
-            self._try("a tag could not be set", partial(self._call, "set_tag", run_id, key, value[:5000]))
-
-    def end(self, run_id: str, status: str) -> None:
-        """End a run: "FINISHED", "FAILED" or "KILLED"."""
-        self._try("the end could not be recorded", partial(self._call, "set_terminated", run_id, status))
-
-    def _call(self, name: str, *arguments: Any, **more: Any) -> Any:
-        return getattr(self._client(), name)(*arguments, **more)
-
-    def _client(self) -> Any:
-        from mlflow import MlflowClient
-
-        return MlflowClient(self._uri)
-
-    def _try(self, problem: str, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except Exception as error:  # MLflow, its database and the network raise many kinds
-            self._say(f"warning: MLflow at {self._uri}: {problem} ({_first_line(error)})")
-            return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested configuration as flat parameters with dotted names."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = str(value)
-    return flat
-
-
-def served_models(client: Any, run_id: str) -> list[str]:
-    """Ids of the models that a run has logged."""
-    outputs = client.get_run(run_id).outputs
-    return [output.model_id for output in outputs.model_outputs] if outputs else []
-
-
-def _log_served_model(uri: str, run: Any, checkpoint: str) -> None:
-    """Log the weights that a checkpoint is judged by, without its optimiser, and the code that serves them."""
-    import mlflow.pyfunc
-    from mlflow.models import Model
-
-    root = Path(__file__).resolve().parents[1]
-    mlflow.set_tracking_uri(uri)
-    # Else it goes to the default experiment, whose artifacts lie below the working directory.
-    mlflow.set_experiment(experiment_id=run.experiment_id)
-    model, description = build_model(checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, model, None, description)
-        Model.log(
-            artifact_path=None,
-            name="model",
-            flavor=mlflow.pyfunc,
-            run_id=run.run_id,
-            loader_module="pipeline.serving",
-            data_path=folder,
-            code_paths=[str(root / "pipeline"), str(root / "model")],
-            pip_requirements=[f"{name}=={version(name)}" for name in SERVING_REQUIREMENTS],
-        )
-
-
-def download_model(reference: str, uri: str) -> str:
-    """Local folder with the checkpoint of a model of the registry, or of one that a run has logged.
-
-    Args:
-        reference: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/ID`.
-        uri: tracking server or store.
-
-    Raises:
-        UserError: there is none, or it was not logged by us.
-    """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    mlflow.set_tracking_uri(uri)
-    try:
-        folder = mlflow.artifacts.download_artifacts(reference, dst_path=tempfile.mkdtemp(prefix="model-"))
-    except (MlflowException, OSError) as error:
-        raise UserError(f"{reference} at {uri}: {_first_line(error)}") from error
-    for place, _, names in os.walk(folder):
-        if "checkpoint.json" in names:
-            return str(place)
-    raise UserError(f"{reference} at {uri}: holds no checkpoint of ours")
-
-
-def download_checkpoint(run_id: str, uri: str) -> str:
-    """Local folder with the best checkpoint of an MLflow run.
-
-    Raises:
-        UserError: no such run, or it has no checkpoint.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(uri)
-    folder = tempfile.mkdtemp(prefix="checkpoint-")
-    for artifact_path in (BEST_CHECKPOINT, LAST_CHECKPOINT):
-        try:
-            if client.list_artifacts(run_id, artifact_path):
-                return str(client.download_artifacts(run_id, artifact_path, folder))
-        except MlflowException as error:
-            raise UserError(f"MLflow run {run_id} at {uri}: {_first_line(error)}") from error
-    raise UserError(f"MLflow run {run_id} at {uri}: has no checkpoint")

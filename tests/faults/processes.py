@@ -13,7 +13,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from pipeline.tracking import default_uri
+from pipeline.mlflow_runs import default_uri
 from tests.jobs.running import ROOT, TIMEOUT_SECONDS, Outcome, environment
 
 
@@ -23,6 +23,12 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = TIME
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(0.02)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is never seen half-written."""
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").rename(path)
 
 
 class Job:

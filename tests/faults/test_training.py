@@ -11,21 +11,24 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import MODEL_FILE
-from pipeline.tracking import default_uri
+from pipeline.mlflow_runs import default_uri
 from tests.faults.conftest import sharing
 from tests.faults.processes import (
     Job,
     assert_each_step_once,
     assert_same_weights,
     status_of,
+    steps_done,
     wait_for_step,
     wait_until,
+    write_whole,
 )
 from tests.jobs.running import run_job
 
 pytestmark = [pytest.mark.faults, pytest.mark.cluster]
 
 LAST_STEP = 12  # two epochs
+INJECTED = Path(__file__).parent / "injected"
 Start = Callable[..., Job]
 Undisturbed = Callable[[int], Path]
 
@@ -46,6 +49,48 @@ def test_workers_killed_at_three_steps(num_workers: int, start: Start, undisturb
     assert outcome.last_line["steps"] == LAST_STEP
     assert_same_weights(run_folder, calm)
     assert_each_step_once(default_uri(str(folder / "runs")), outcome.last_line["mlflow_run_id"], LAST_STEP)
+
+
+@pytest.mark.parametrize("order", ["exit", "raise"])
+def test_a_worker_that_ends_by_itself(
+    order: str, start: Start, undisturbed: Undisturbed, folder: Path, tmp_path: Path
+) -> None:
+    """`os._exit` in the middle of a step, and an exception there: started again, it ends with the same bits."""
+    calm = undisturbed(2)
+    run_folder = folder / "runs" / f"by-itself-{order}"
+    inside = {"PYTHONPATH": str(INJECTED), "FAULTS_ORDERS": str(tmp_path)}
+    job = start(run_folder.name, *sharing(2), "--run.max_failures", "1", **inside)
+    wait_for_step(job, run_folder, 3)
+    reached, began = steps_done(run_folder), time.monotonic()
+    pid, _ = job.pids("RayTrainWorker")
+    write_whole(tmp_path / str(pid), order)
+    wait_until(lambda: not job.is_running or pid not in job.pids("RayTrainWorker"), "the worker is gone")
+    wait_until(lambda: not job.is_running or steps_done(run_folder) > reached + 2, "it goes on")
+    print(f"went on {time.monotonic() - began:.1f} s after the worker's {order}")  # noqa: T201
+    outcome = job.end()
+    assert outcome.exit_code == 0, outcome.errors
+    assert_same_weights(run_folder, calm)
+    assert_each_step_once(default_uri(str(folder / "runs")), outcome.last_line["mlflow_run_id"], LAST_STEP)
+
+
+def test_the_head_is_gone(start: Start, undisturbed: Undisturbed, folder: Path) -> None:
+    """Ray's control service is killed: the job ends with an exit code of its own, the same command goes on."""
+    calm = undisturbed(2)
+    run_folder = folder / "runs" / "headless"
+    job = start("headless", *sharing(2))
+    wait_for_step(job, run_folder, 3)
+    for which in range(2):  # so that they are not at the end before anybody has noticed
+        assert job.kill("RayTrainWorker", which, signal.SIGSTOP) is not None
+    began = time.monotonic()
+    assert job.kill("gcs_server") is not None
+    wait_until(lambda: not job.is_running, "the job ends", 180)
+    print(f"ended {time.monotonic() - began:.1f} s after the head was gone")  # noqa: T201
+    outcome = job.end()
+    assert outcome.exit_code not in (0, None)
+    outcome = start("headless", *sharing(2)).end()
+    assert outcome.exit_code == 0, outcome.errors
+    assert_each_step_once(default_uri(str(folder / "runs")), outcome.last_line["mlflow_run_id"], LAST_STEP)
+    assert_same_weights(run_folder, calm)
 
 
 def test_driver_killed_and_the_newest_checkpoint_damaged(start: Start, undisturbed: Undisturbed, folder: Path) -> None:

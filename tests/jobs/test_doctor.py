@@ -30,9 +30,10 @@ def test_a_cluster_file(tmp_path: Path) -> None:
         (ROOT / "cluster.yaml").read_text().replace("REPLACE_ME/", "registry.example/").replace("REPLACE_ME", "given")
     )
     (tmp_path / "cluster.yaml").write_text(text)
-    outcome = run_job("doctor", "--config", "configs/demo.yaml", "--cluster", str(tmp_path / "cluster.yaml"))
-    assert outcome.exit_code == 0, outcome.errors
-    assert outcome.output.startswith("ok   cluster file: ")
+    for config in ("configs/demo.yaml", "configs/sweep_anchors.yaml"):
+        outcome = run_job("doctor", "--config", config, "--cluster", str(tmp_path / "cluster.yaml"))
+        assert outcome.exit_code == 0, outcome.errors
+        assert outcome.output.startswith("ok   cluster file: ")
 
 
 def test_a_clean_clone_is_small(tmp_path: Path) -> None:

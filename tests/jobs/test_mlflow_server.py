@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.mlflow_models import BEST_CHECKPOINT
+from pipeline.mlflow_server import server_finding
 from pipeline.registry import download_registered, register
-from pipeline.tracking import BEST_CHECKPOINT, Tracker, server_finding
+from pipeline.tracking import Tracker
 from tests.jobs.running import ROOT, environment
 from tests.jobs.sockets import beyond_loopback, descendants, listening
 

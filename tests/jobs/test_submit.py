@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from model.losses import LOSS_NAMES
 from pipeline.evaluation import AP_METRICS
-from pipeline.tracking import default_uri
+from pipeline.mlflow_runs import default_uri
 from tests.jobs.running import run_job, write_small_experiment
 
 pytestmark = pytest.mark.cluster

@@ -13,7 +13,7 @@ from model.losses import LOSS_NAMES
 from pipeline.checkpoint import best_checkpoint_of_run, read_description
 from pipeline.evaluation import AP_METRICS
 from pipeline.inference import load
-from pipeline.tracking import default_uri
+from pipeline.mlflow_runs import default_uri
 from tests.jobs.running import Outcome, run_job, run_until_then_kill, write_small_experiment
 
 pytestmark = pytest.mark.cluster

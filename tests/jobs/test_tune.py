@@ -10,7 +10,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.evaluation import AP_METRICS
-from pipeline.tracking import PARENT_TAG, default_uri
+from pipeline.mlflow_runs import PARENT_TAG, default_uri
 from pipeline.trials import Trial, read_trials
 from tests.jobs.running import Outcome, run_job, run_until_then_kill, write_small_experiment
 

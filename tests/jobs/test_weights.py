@@ -10,7 +10,7 @@ from torchvision import models
 
 from pipeline.evaluation import AP_METRICS
 from pipeline.initial_weights import INITIAL_WEIGHTS_FILE
-from pipeline.tracking import default_uri
+from pipeline.mlflow_runs import default_uri
 from tests.jobs.running import Outcome, run_job, write_small_experiment
 from tests.jobs.test_bad_input import assert_one_line
 from tests.pipeline.small import SMALL_MODEL

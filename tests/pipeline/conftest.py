@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.mlflow_runs import default_uri
 from pipeline.prepare import prepare
-from pipeline.tracking import default_uri
 from tests.pipeline.factories import Prepared, experiment, two_sources
 
 

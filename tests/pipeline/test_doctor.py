@@ -16,6 +16,7 @@ from pipeline.cluster import Capacity
 from pipeline.cluster_access import job_server_findings, port_finding, sent_files, working_directory_finding
 from pipeline.errors import UserError
 from pipeline.findings import Finding, fix, well
+from pipeline.mlflow_server import server_finding
 from pipeline.node_checks import (
     NodeReport,
     ask_nodes,
@@ -26,7 +27,6 @@ from pipeline.node_checks import (
     version_findings,
 )
 from pipeline.resource_checks import resource_findings
-from pipeline.tracking import server_finding
 from tests.pipeline.small import small_config
 
 TOKEN = "a-token-of-a-test"
@@ -247,8 +247,8 @@ def test_the_arithmetic_of_trials() -> None:
     nodes = [{"CPU": 16.0, "memory": 64e9}]
     first = room(nodes, trials=4, num_workers=2)[0]
     assert first.ok
-    assert "4 trials x (2 workers x (1 CPU) + 1 CPU for reading + 1 CPU for the trial itself) = 16 CPU" in first.text
-    assert "run 4 trials at once" in room(nodes, trials=5, num_workers=2)[0].text
+    assert "4 trials x (2 workers x (1 CPU) + 1 CPU for reading) = 12 CPU" in first.text
+    assert "run 5 trials at once" in room(nodes, trials=6, num_workers=2)[0].text
 
 
 def test_a_worker_never_spans_nodes() -> None:

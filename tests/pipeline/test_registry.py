@@ -7,8 +7,10 @@ from mlflow import MlflowClient
 
 from pipeline.checkpoint import resolve_checkpoint
 from pipeline.errors import UserError
+from pipeline.mlflow_models import BEST_CHECKPOINT
+from pipeline.mlflow_runs import default_uri
 from pipeline.registry import CHAMPION, download_registered, register
-from pipeline.tracking import BEST_CHECKPOINT, Tracker, default_uri
+from pipeline.tracking import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,12 @@ from model.masks import encode_detections
 from pipeline.checkpoint import resolve_checkpoint
 from pipeline.errors import UserError
 from pipeline.inference import Predictor, load
+from pipeline.mlflow_models import BEST_CHECKPOINT
+from pipeline.mlflow_runs import default_uri
 from pipeline.preprocess import decode_image
 from pipeline.registry import register
 from pipeline.serving import ServedModel
-from pipeline.tracking import BEST_CHECKPOINT, Tracker, default_uri
+from pipeline.tracking import Tracker
 from tests.pipeline.factories import noise, png
 from tests.pipeline.small import write_small_checkpoint
 

@@ -10,9 +10,11 @@ from mlflow import MlflowClient
 from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig, RunSettings
 from pipeline.launch import TrialOfSweep
+from pipeline.mlflow_runs import PARENT_TAG, default_uri
+from pipeline.sweep_record import SweepRecord
 from pipeline.sweep_result import record_trial
 from pipeline.sweep_state import Parent
-from pipeline.tracking import PARENT_TAG, SweepRecord, Tracker, default_uri
+from pipeline.tracking import Tracker
 from pipeline.trial import SweepOfTrials
 from pipeline.trials import Trial
 

@@ -13,7 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking import PARENT_TAG, Tracker, default_uri, download_checkpoint, flatten, journal_folder
+from pipeline.mlflow_models import download_checkpoint
+from pipeline.mlflow_runs import PARENT_TAG, default_uri, flatten
+from pipeline.tracking import Tracker, journal_folder
 
 
 @pytest.fixture

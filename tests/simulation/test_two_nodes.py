@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking import default_uri
+from pipeline.mlflow_runs import default_uri
 from tests.jobs.running import ROOT, Outcome, write_small_experiment
 from tests.simulation.nodes import HEAD, RAY, WORKER, Nodes
 
