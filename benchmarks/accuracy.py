@@ -216,7 +216,7 @@ def train(rank: int, settings: dict[str, Any], data: PreparedData, kind: str, an
     torch.manual_seed(config.train.seed)
     build = TorchvisionPeer if kind == THEIRS else MaskRCNN
     model = build(config.model, shards.manifest.num_classes)
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.optim)
     options = data_parallel_options(config.train.accumulation_steps)
     parallel = DistributedDataParallel(model, **options) if workers > 1 else model

@@ -117,9 +117,10 @@ def answer_epochs(pipe: Connection, batches: Iterator[Any], steps: int, first: d
 def run_stream(pipe: Connection, folder: str, image_format: str, epochs: int) -> None:
     """Prepare the images, then read them as a worker of a training does."""
     from pipeline import cluster
+    from pipeline.batches import PlannedBatches
     from pipeline.prepare import prepare
     from pipeline.shards import ShardSet
-    from pipeline.stream import LoadBlock, PlannedBatches, planned_blocks, split_stream, steps_per_block
+    from pipeline.stream import LoadBlock, planned_blocks, split_stream, steps_per_block
     from pipeline.worker import make_plan
 
     config = ExperimentConfig.model_validate(

@@ -38,13 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
+from pipeline.batches import collate
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
 from pipeline.evaluation import average_precision, evaluate_rows
 from pipeline.freezing import freeze
 from pipeline.optim import build_optimizer
 from pipeline.prepare import PreparedData, check, write
-from pipeline.sample import collate
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock
 from pipeline.training import autocast_dtype, check_finite, compress_gradients, gradient_scaler, train_step

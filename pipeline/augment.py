@@ -9,7 +9,6 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageEnhance
 
 from pipeline.config import AugmentSettings
@@ -94,11 +93,18 @@ def flip(sample: Sample, axis: int) -> Sample:
     """
     return dataclasses.replace(
         sample,
-        image=torch.tensor(sample.image).flip(axis).numpy(),  # a view of NumPy's takes far longer to copy later on
+        image=_flip_pixels(sample.image, axis),
         boxes=_flip_boxes(sample.boxes, sample.image.shape[axis], axis),
         mask_boxes=_flip_boxes(sample.mask_boxes, sample.image.shape[axis], axis),
         mask_bits=_flip_bits(sample, axis),
     )
+
+
+def _flip_pixels(image: UInt8Array, axis: int) -> UInt8Array:
+    """A copy; to copy a view of NumPy's that is mirrored left to right takes four times as long as Pillow does."""
+    if axis == 0:
+        return np.ascontiguousarray(image[::-1])
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
 
 def _flip_boxes(boxes: npt.NDArray[np.float32], length: int, axis: int) -> npt.NDArray[np.float32]:

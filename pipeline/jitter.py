@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch.nn import functional
 
 from pipeline.preprocess import UInt8Array, unpack_mask
 from pipeline.sample import Sample, mask_offsets
@@ -111,6 +109,9 @@ def _resample(image: UInt8Array, height: int, width: int, window: tuple[int, int
     """
     top, left, rows, columns = window
     if (rows, columns) == (height, width):
+        import torch  # seconds and 250 MB of a data task's process, so only where it is used
+        from torch.nn import functional
+
         pixels = torch.tensor(image)[None].permute(0, 3, 1, 2)  # channels last, by all its strides
         resized = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
         return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()

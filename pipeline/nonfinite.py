@@ -23,9 +23,9 @@ from model.losses import LOSS_NAMES
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from pipeline import storage
+from pipeline.batches import collate
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
-from pipeline.sample import collate
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock, StreamPlan
 from pipeline.training import STEP_METRICS, accumulate_gradients

@@ -1,22 +1,17 @@
-"""A training sample: one row of the shards in input pixels, and its way through Arrow into a Batch."""
+"""A training sample: one row of the shards in input pixels, and its way into Arrow; knows no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
-from model.structures import Batch
 from pipeline.preprocess import UInt8Array, minimise_mask, num_mask_bytes, unpack_mask
-
-MIN_GROUND_TRUTH_SLOTS = 8
-"""Slots are a power of two and at least these, so that few shapes occur."""
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -120,54 +115,4 @@ def with_mini_masks(sample: Sample, size: int) -> Sample:
         sample,
         mask_sizes=np.full_like(sample.mask_sizes, size),
         mask_bits=np.concatenate([np.packbits(mask) for mask in masks]) if masks else sample.mask_bits,
-    )
-
-
-def collate(rows: Sequence[Mapping[str, Any]], active_classes: npt.NDArray[np.bool_]) -> Batch:
-    """Rows of `SAMPLE_SCHEMA` on one canvas to a Batch on the CPU.
-
-    Args:
-        rows: at least one, all of the same canvas.
-        active_classes: (sources, C) see `Manifest.active_classes`.
-    """
-    canvas = (rows[0]["canvas_height"], rows[0]["canvas_width"])
-    if any((row["canvas_height"], row["canvas_width"]) != canvas for row in rows):
-        raise AssertionError("a step mixes canvases")
-    num_images = len(rows)
-    most = max(MIN_GROUND_TRUTH_SLOTS, *(len(row["classes"]) for row in rows))
-    slots = 1 << (most - 1).bit_length()
-    images = np.zeros((num_images, *canvas, 3), dtype=np.uint8)
-    classes = np.zeros((num_images, slots), dtype=np.int64)
-    is_crowd = np.zeros((num_images, slots), dtype=bool)
-    boxes = np.zeros((num_images, slots, 4), dtype=np.float32)
-    mask_boxes = np.zeros((num_images, slots, 4), dtype=np.float32)
-    mask_sizes = np.zeros((num_images, slots, 2), dtype=np.int64)
-    offsets = np.zeros((num_images, slots), dtype=np.int64)
-    mask_bits: list[UInt8Array] = []
-    first_byte = 0
-    for index, row in enumerate(rows):
-        height, width, number = row["image_height"], row["image_width"], len(row["classes"])
-        images[index, :height, :width] = np.frombuffer(row["image"], dtype=np.uint8).reshape(height, width, 3)
-        classes[index, :number] = row["classes"]
-        is_crowd[index, :number] = row["is_crowd"]
-        boxes[index, :number] = np.asarray(row["boxes"]).reshape(-1, 4)
-        mask_boxes[index, :number] = np.asarray(row["mask_boxes"]).reshape(-1, 4)
-        mask_sizes[index, :number] = np.asarray(row["mask_sizes"]).reshape(-1, 2)
-        ends = mask_offsets(mask_sizes[index, :number].astype(np.int32))
-        offsets[index, :number] = first_byte + ends[:-1]
-        first_byte += int(ends[-1])
-        mask_bits.append(np.frombuffer(row["mask_bits"], dtype=np.uint8))
-    mask_bits.append(np.zeros(1, dtype=np.uint8))  # never empty: index 0 stands for "no bit"
-    return Batch(
-        images=torch.from_numpy(images).permute(0, 3, 1, 2),
-        image_sizes=torch.tensor([[row["image_height"], row["image_width"]] for row in rows], dtype=torch.int64),
-        boxes=torch.from_numpy(boxes),
-        classes=torch.from_numpy(classes),
-        is_crowd=torch.from_numpy(is_crowd),
-        mask_boxes=torch.from_numpy(mask_boxes),
-        mask_sizes=torch.from_numpy(mask_sizes),
-        mask_offsets=torch.from_numpy(offsets),
-        mask_bits=torch.from_numpy(np.concatenate(mask_bits)),
-        active_class_ids=torch.from_numpy(active_classes[[row["source"] for row in rows]]),
-        random_keys=torch.tensor([row["random_key"] for row in rows], dtype=torch.int64),
     )

@@ -20,16 +20,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from model.structures import Batch
 from pipeline.augment import augment
 from pipeline.config import AugmentSettings
 from pipeline.copy_paste import PASTED_SHARE, copy_paste, planned_partner
-from pipeline.errors import UserError
 from pipeline.preprocess import choose_canvas
-from pipeline.sample import SAMPLE_SCHEMA, Sample, collate, sample_from_row, sample_to_values, with_mini_masks
+from pipeline.sample import SAMPLE_SCHEMA, Sample, sample_from_row, sample_to_values, with_mini_masks
 from pipeline.sampling import Float64Array, Int64Array, repeat_counts, rows_an_epoch
 from pipeline.shards import ShardSet
 
@@ -287,68 +284,3 @@ def split_stream(blocks: list[Any], load: LoadBlock, num_workers: int, cpus: flo
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset.streaming_split(num_workers, equal=False)
-
-
-@dataclass(frozen=True)
-class PlannedBatches:
-    """Batches of one worker, each checked against the plan."""
-
-    iterator: Any
-    """From `split_stream`."""
-    active_classes: npt.NDArray[np.bool_]
-    """(sources, C) see `Manifest.active_classes`."""
-    first_step: int
-    last_step: int
-    worker: int
-    """Rank of this worker."""
-    batch_size_per_worker: int
-    num_workers: int
-    accumulation_steps: int = 1
-    """Batches that a step is cut into."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches of each step from first_step to last_step, one after the other.
-
-        Raises:
-            UserError: a row is damaged.
-            RuntimeError: Ray Data delivered rows of another place in the plan, or too few.
-        """
-        size, part = self.batch_size_per_worker, self.first_step * self.accumulation_steps
-        for table in self._tables(size):
-            step, index = divmod(part, self.accumulation_steps)
-            first = ((step * self.num_workers + self.worker) * self.accumulation_steps + index) * size
-            positions = table["position"].to_pylist()
-            if positions != list(range(first, first + size)):
-                raise RuntimeError(f"worker {self.worker}, step {step}: rows of positions {positions}, not {first} on")
-            yield collate(table_rows(table), self.active_classes)
-            part += 1
-        if part != self.last_step * self.accumulation_steps:
-            step = part // self.accumulation_steps
-            raise RuntimeError(f"worker {self.worker}: the stream ended before step {step}, not {self.last_step}")
-
-    def _tables(self, size: int) -> Iterator[Any]:
-        """What Ray Data delivers; a user's error in one of its tasks comes out as what it was."""
-        import ray
-
-        try:
-            yield from self.iterator.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2)
-        except ray.exceptions.RayTaskError as error:
-            mark = f"{UserError.__module__}.{UserError.__qualname__}: "
-            told = [line.partition(mark)[2] for line in str(error).splitlines() if mark in line]
-            if not told:
-                raise
-            raise UserError(told[-1]) from error
-
-
-def table_rows(table: Any) -> list[Mapping[str, Any]]:
-    """Rows of an Arrow table: numbers, arrays for lists, buffers for bytes, without copying the pixels."""
-    columns: dict[str, list[Any]] = {}
-    for field in table.schema:
-        column = table[field.name].combine_chunks()
-        if pa.types.is_large_binary(field.type):
-            columns[field.name] = [value.as_buffer() for value in column]
-        elif pa.types.is_list(field.type):
-            columns[field.name] = [value.values.to_numpy(zero_copy_only=False) for value in column]
-        else:
-            columns[field.name] = column.to_pylist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -17,10 +17,11 @@ from PIL import Image
 
 from model.structures import Batch
 from pipeline import storage
+from pipeline.batches import collate
 from pipeline.config import SyntheticSettings
 from pipeline.errors import UserError
 from pipeline.preprocess import pack_mask
-from pipeline.sample import Sample, collate, sample_to_values
+from pipeline.sample import Sample, sample_to_values
 
 IMAGE_SIZE = 128  # pixels a side
 SHAPE_NAMES = ("circle", "square", "triangle")

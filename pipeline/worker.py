@@ -18,6 +18,7 @@ from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
 from pipeline.bad_steps import BadSteps, check_scale
 from pipeline.batch_shares import batch_share
+from pipeline.batches import PlannedBatches
 from pipeline.checkpoint import (
     AVERAGE_FILE,
     Description,
@@ -45,7 +46,7 @@ from pipeline.report import draw_comparison
 from pipeline.sampling import row_repeats, rows_an_epoch
 from pipeline.shards import ShardSet
 from pipeline.stopping import JUDGED_METRICS, stop_reason
-from pipeline.stream import LoadBlock, PlannedBatches, StreamPlan, planned_blocks, split_stream, steps_per_block
+from pipeline.stream import LoadBlock, StreamPlan, planned_blocks, split_stream, steps_per_block
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
 from pipeline.training import (
     STEP_METRICS,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pipeline.bad_steps import BadSteps, check_scale
+from pipeline.batches import collate, table_rows
 from pipeline.nonfinite import planned_step
-from pipeline.sample import collate
 from pipeline.shards import ShardSet
-from pipeline.stream import LoadBlock, StreamPlan, planned_blocks, table_rows
+from pipeline.stream import LoadBlock, StreamPlan, planned_blocks
 from pipeline.training import NonFiniteLossError, gradient_scaler
 from tests.pipeline.factories import Prepared
 from tests.pipeline.small import small_config

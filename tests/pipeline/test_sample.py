@@ -13,17 +13,9 @@ from model.canvas import image_windows
 from model.mask_targets import crop_mask_targets
 from model.structures import Batch
 from pipeline.augment import flip
+from pipeline.batches import collate, table_rows
 from pipeline.preprocess import minimise_mask, pack_mask, unpack_mask
-from pipeline.sample import (
-    SAMPLE_SCHEMA,
-    Sample,
-    collate,
-    mask_offsets,
-    sample_from_row,
-    sample_to_values,
-    with_mini_masks,
-)
-from pipeline.stream import table_rows
+from pipeline.sample import SAMPLE_SCHEMA, Sample, mask_offsets, sample_from_row, sample_to_values, with_mini_masks
 from tests.pipeline.factories import Bitmap, bitmap_of, ellipse_polygon, noise, png, record_of, row_of
 
 ACTIVE = np.array([[True, True, True, False], [True, False, True, True]])  # of two sources

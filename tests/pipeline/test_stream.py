@@ -14,6 +14,7 @@ import torch
 
 from model.structures import Batch
 from pipeline.augment import augment, flip
+from pipeline.batches import PlannedBatches
 from pipeline.config import AugmentSettings
 from pipeline.errors import UserError
 from pipeline.prepare import prepare
@@ -24,7 +25,6 @@ from pipeline.stream import (
     MAX_BLOCK_BYTES,
     MAX_STEPS_PER_BLOCK,
     LoadBlock,
-    PlannedBatches,
     StreamPlan,
     planned_blocks,
     random_key,
