@@ -17,12 +17,15 @@ PARTS = ("data_wait", "copy", "forward", "backward", "all_reduce", "optimizer")
 """Names of the parts; as metrics `seconds_NAME`. What all_reduce takes lies within backward, in part beside it."""
 
 SAMPLED_EVERY = 10  # steps
+FIRST_SAMPLED = 2  # steps after a start: the first waits for the stream to begin, and warms up
 
 Mark = float | torch.cuda.Event
 
 
 class StepLedger:
     """Times parts of every tenth step by hooks of the model and the optimiser; on a GPU by events, without a wait.
+
+    The first steps of a start are left out; what the first one waited for its data is `first_batch_seconds`.
 
     backward counts from the end of the last forward pass to the update, with the exchange and the clipping in it;
     all_reduce is what DistributedDataParallel itself measures of its exchange (0 with one worker). copy is the host's
@@ -32,6 +35,8 @@ class StepLedger:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._model, self._device = model, device
         self._step, self._sampling = -1, False
+        self._num_steps = 0
+        self.first_batch_seconds: float | None = None
         self._of_step: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
         self._intervals: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
         self._forward_begins: Mark = 0.0
@@ -51,12 +56,15 @@ class StepLedger:
     def next_batch(self, step: int, batches: Iterator[Batch], to_device: Callable[[Batch], Batch]) -> Batch:
         """The next batch on the device; a step is sampled from its first batch on."""
         if step != self._step:
-            self._step, self._sampling = step, step % SAMPLED_EVERY == 0
+            self._step, self._sampling = step, self._num_steps % SAMPLED_EVERY == FIRST_SAMPLED
+            self._num_steps += 1
             self._of_step.clear()
             self._forward_ended = None
         started = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
+        if self.first_batch_seconds is None:
+            self.first_batch_seconds = arrived - started
         batch = to_device(batch)
         if self._sampling:
             self._of_step["data_wait"].append((started, arrived))

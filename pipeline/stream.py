@@ -135,7 +135,8 @@ def planned_blocks(
         first_step: where to begin.
         last_step: first step not to take.
         num_workers: W; divides the global batch.
-        steps_per_block: steps of one worker in a block; the last blocks may hold fewer.
+        steps_per_block: most steps of one worker in a block. The first blocks hold 1, 1, 2, 4, ... since a worker gets
+            its first batch when two blocks are loaded; the last ones what is left.
     """
     size = plan.global_batch_size // num_workers
     if size * num_workers != plan.global_batch_size:
@@ -155,9 +156,11 @@ def planned_blocks(
             blocks.append(pa.table(columns, schema=_PLAN_SCHEMA))
         chunk.clear()
 
+    full = 1
     for step in plan.steps(first_step, last_step):
         chunk.append(step)
-        if len(chunk) == steps_per_block:
+        if len(chunk) == full:
+            full = min(steps_per_block, full if not blocks else 2 * full)
             close_chunk()
     close_chunk()
     return blocks
@@ -275,8 +278,9 @@ def split_stream(blocks: list[Any], load: LoadBlock, num_workers: int, cpus: flo
         object_store_bytes: bound of what waits for the workers; an ordered stream fills up behind a slow task.
     """
     import ray.data
+    from ray.data.read_api import from_blocks  # from_arrow has a task look at every block, a second for 200 of them
 
-    dataset = ray.data.from_arrow(blocks).map_batches(load, batch_size=None, batch_format="pyarrow")
+    dataset = from_blocks(blocks).map_batches(load, batch_size=None, batch_format="pyarrow")
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ray.data.ExecutionResources(cpu=cpus, object_store_memory=object_store_bytes)

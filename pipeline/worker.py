@@ -316,6 +316,7 @@ class Worker:
             "steps": self.step,
             "images_per_second": round(self._speed(), 2),
             "step_seconds": self.ledger.means() if self.ledger is not None else {},
+            "first_batch_seconds": self.ledger.first_batch_seconds if self.ledger is not None else None,
             "metrics": self.metrics,
             "stopped": self.stopped,
         }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.structures import Batch
-from pipeline.ledger import PARTS, SAMPLED_EVERY, StepLedger
+from pipeline.ledger import FIRST_SAMPLED, PARTS, SAMPLED_EVERY, StepLedger
 from tests.pipeline.small import small_batch
 
 
@@ -53,7 +53,7 @@ def run_steps(steps: int, passes: int = 1) -> StepLedger:
 
 
 def test_parts_take_what_they_take() -> None:
-    means = run_steps(2).means()
+    means = run_steps(FIRST_SAMPLED + 2).means()
     assert set(means) == {f"seconds_{name}" for name in PARTS}
     expected = {"data_wait": 0.01, "copy": 0.005, "forward": 0.02, "backward": 0.04}
     for name, seconds in expected.items():
@@ -64,14 +64,14 @@ def test_parts_take_what_they_take() -> None:
 
 
 def test_several_batches_a_step_add_up() -> None:
-    means = run_steps(1, passes=2).means()
+    means = run_steps(FIRST_SAMPLED + 1, passes=2).means()
     assert means["seconds_forward"] >= 0.04
     assert means["seconds_backward"] >= 0.08
     assert means["seconds_data_wait"] >= 0.02
 
 
 def test_only_every_tenth_step_is_sampled_and_evaluation_never() -> None:
-    ledger = run_steps(SAMPLED_EVERY + 2)
+    ledger = run_steps(FIRST_SAMPLED + SAMPLED_EVERY + 2)
     assert ledger._samples == 2
     with torch.no_grad():
         ledger._model(small_batch(1))
@@ -79,9 +79,29 @@ def test_only_every_tenth_step_is_sampled_and_evaluation_never() -> None:
 
 
 def test_a_step_without_an_update_is_left_out() -> None:
-    ledger = run_steps(1)
+    ledger = run_steps(FIRST_SAMPLED + SAMPLED_EVERY)
     before = ledger.means()
-    batch = ledger.next_batch(SAMPLED_EVERY, slow_batches(), to_device)
+    batch = ledger.next_batch(FIRST_SAMPLED + SAMPLED_EVERY, slow_batches(), to_device)
     ledger._model(batch).backward()  # and no update
-    ledger.next_batch(2 * SAMPLED_EVERY, slow_batches(), to_device)
+    ledger.next_batch(FIRST_SAMPLED + SAMPLED_EVERY + 1, slow_batches(), to_device)
+    assert ledger._samples == 1
     assert ledger.means() == before
+
+
+def test_the_first_wait_is_told_apart() -> None:
+    """Until the stream runs, seconds go by: they would be the mean's greatest part."""
+
+    def late_batches() -> Iterator[Batch]:
+        time.sleep(0.2)
+        yield from slow_batches()
+
+    model = Slow()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ledger = StepLedger(model, optimizer, torch.device("cpu"))
+    batches = late_batches()
+    for step in range(100, 100 + FIRST_SAMPLED + 1):  # after a resume
+        model(ledger.next_batch(step, batches, to_device)).backward()
+        optimizer.step()
+    assert ledger.first_batch_seconds is not None
+    assert ledger.first_batch_seconds >= 0.2
+    assert 0.01 <= ledger.means()["seconds_data_wait"] < ledger.first_batch_seconds

@@ -208,6 +208,11 @@ def test_blocks_of_all_workers_are_the_order_of_one(
         }
 
 
+def test_the_first_blocks_are_small_so_that_the_first_batch_comes_soon() -> None:
+    blocks = planned_blocks(make_plan(), 3, 17, 2, 4)
+    assert [block.num_rows // 2 for block in blocks[::2]] == [1, 1, 2, 4, 4, 2]
+
+
 def test_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="a global batch of 4 does not divide by 3 workers"):
         planned_blocks(make_plan(batch=4), 0, 5, 3, 1)
