@@ -55,6 +55,7 @@ check: lint types imports test  ## everything that has to be green before a comm
 bench: setup  ## the quick form of every benchmark of a CPU, beside its peers, to benchmarks/results
 	@$(BIN)/python benchmarks/cpu.py --quick --budget 600 --out benchmarks/results
 	@$(BIN)/python benchmarks/memory.py --quick --json benchmarks/results/memory.json
+	@$(BIN)/python benchmarks/ray_overhead.py --quick --json benchmarks/results/ray_overhead.json
 
 bench-report:  ## README's table of performance, from benchmarks/results
 	@$(BIN)/python benchmarks/report.py

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from benchmarks.processes import cpu_seconds, family, private_megabytes
 from pipeline.config import ExperimentConfig
 
 SIDE = 512  # pixels of the canvas
@@ -31,7 +32,6 @@ BATCH_SIZE = 4
 AUGMENT: dict[str, Any] = {"horizontal_flip": 0.5, "short_side": (304, 384), "short_side_step": 16}  # 0.8 to 1 of 4:3
 STORE_MEGABYTES = 64  # small, so that little of an epoch is read ahead while the other variant runs
 SETTLE_SECONDS, SETTLED_CPU_SECONDS, MAX_SETTLES = 1.0, 0.2, 10
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -107,11 +107,17 @@ def answer_epochs(pipe: Connection, batches: Iterator[Any], steps: int, first: d
     """Run an epoch of so many steps for every command, from the second on."""
     pipe.send(first)
     while pipe.recv() == "epoch":
-        started, cpu_before = time.monotonic(), cpu_seconds()
+        started, cpu_before = time.monotonic(), own_cpu_seconds()
         for _ in range(steps):
             next(batches)
         wall = time.monotonic() - started
-        pipe.send({"wall": wall, "cpu": settled_cpu_seconds() - cpu_before, "megabytes": private_megabytes()})
+        pipe.send(
+            {
+                "wall": wall,
+                "cpu": settled_cpu_seconds() - cpu_before,
+                "megabytes": private_megabytes(family(os.getpid())),
+            }
+        )
 
 
 def run_stream(pipe: Connection, folder: str, image_format: str, epochs: int) -> None:
@@ -140,9 +146,9 @@ def run_stream(pipe: Connection, folder: str, image_format: str, epochs: int) ->
     )
     pipe.recv()
     cluster.connect(debug=False)
-    started, cpu_before = time.monotonic(), cpu_seconds()
+    started, cpu_before = time.monotonic(), own_cpu_seconds()
     data = prepare(config, lambda _: None)
-    prepared = {"prepare_seconds": time.monotonic() - started, "prepare_cpu_seconds": cpu_seconds() - cpu_before}
+    prepared = {"prepare_seconds": time.monotonic() - started, "prepare_cpu_seconds": own_cpu_seconds() - cpu_before}
     shards = ShardSet(data.training)
     megabytes = sum(shard["num_bytes"] for shard in shards.manifest.shards) / 1e6
     plan = make_plan(config, shards)
@@ -207,56 +213,21 @@ def reference_dataset(folder: str) -> Any:
     return wrap_dataset_for_transforms_v2(dataset, target_keys=("boxes", "labels", "masks"))
 
 
-def own_processes() -> list[int]:
-    """This process and all below it."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = [os.getpid()]
-    for process in found:
-        found += parents.get(process, [])
-    return found
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process and all below it, those that have ended too."""
-    total = 0
-    for process in own_processes():
-        try:
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        total += sum(int(number) for number in fields[11:15])
-    return total / TICKS
+def own_cpu_seconds() -> float:
+    """Of this process and all below it."""
+    return cpu_seconds(family(os.getpid()))
 
 
 def settled_cpu_seconds() -> float:
-    """`cpu_seconds` once nothing is read ahead any more."""
-    now = cpu_seconds()
+    """`own_cpu_seconds` once nothing is read ahead any more."""
+    now = own_cpu_seconds()
     for _ in range(MAX_SETTLES):
         before = now
         time.sleep(SETTLE_SECONDS)
-        now = cpu_seconds()
+        now = own_cpu_seconds()
         if now - before <= SETTLED_CPU_SECONDS:
             break
     return now
-
-
-def private_megabytes() -> float:
-    """Memory of this process and all below it that is not a mapped file or the object store."""
-    total = 0
-    for process in own_processes():
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
-    return total / 1024
 
 
 def show(num_images: int, starts: dict[str, dict[str, float]], rounds: dict[str, list[dict[str, float]]]) -> None:

@@ -4,11 +4,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.cluster import HEALTH_CHECKS
 from tests.faults.processes import Job
 from tests.jobs.running import run_job, write_small_experiment
+
+STORE = {"object_store_memory": 200 * 2**20}
+NODE = {"num_cpus": 1, **STORE}
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +74,23 @@ def undisturbed(config: str, folder: Path) -> Callable[[int], Path]:
         return done[num_workers]
 
     return of_workers
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head with a CPU, and two nodes with one each for the workers, `cluster.trainers`."""
+    from ray.cluster_utils import Cluster
+
+    settings = {name.removeprefix("RAY_"): int(value) for name, value in HEALTH_CHECKS.items()}
+    root = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": settings, **STORE},
+    )
+    cluster.trainers = [cluster.add_node(**NODE) for _ in range(2)]
+    yield cluster
+    cluster.shutdown()
 
 
 def sharing(num_workers: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from mlflow import MlflowClient
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline.mlflow_runs import default_uri
 from tests.jobs.running import ROOT, TIMEOUT_SECONDS, Outcome, environment
+from tests.jobs.sockets import descendants
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = TIMEOUT_SECONDS) -> None:
@@ -100,6 +102,20 @@ class Job:
         return Outcome(self.process.returncode, self.log.read_text(), Path(f"{self.log}.errors").read_text())
 
 
+def pids_on(node: Any, title: str) -> list[int]:
+    """Processes that a node of a `ray.cluster_utils.Cluster` has started whose command line holds the title."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    return [pid for pid in descendants(raylet) if title in _command_line(pid)]
+
+
+def _command_line(pid: int) -> str:
+    """Of a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def steps_done(run_folder: Path) -> int:
     """Last step whose metrics are in the run's journal."""
     path = run_folder / "tracking" / "records.jsonl"
@@ -117,6 +133,11 @@ def wait_for_step(job: Job, run_folder: Path, step: int) -> None:
         return steps_done(run_folder) >= step
 
     wait_until(has_come_so_far, f"step {step}")
+
+
+def wait_for_more_steps(job: Job, run_folder: Path, step: int) -> None:
+    """Until the job has gone beyond a step, or has ended."""
+    wait_until(lambda: steps_done(run_folder) > step or not job.is_running, f"more than {step} steps")
 
 
 def last_weights(run_folder: Path) -> dict[str, torch.Tensor]:

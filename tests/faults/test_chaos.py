@@ -1,16 +1,20 @@
-"""Many kills at random moments: workers, the tracker, the driver, the MLflow server; it ends as if nothing had been."""
+"""Many kills at random moments: workers, nodes, the tracker, the driver, the MLflow server; as if nothing had been."""
 
 import os
 import random
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.faults.conftest import NODE, sharing
 from tests.faults.processes import (
     Job,
     assert_each_step_once,
     assert_same_weights,
+    pids_on,
     steps_done,
     wait_until,
 )
@@ -21,12 +25,12 @@ pytestmark = [pytest.mark.faults, pytest.mark.cluster]
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-VICTIMS = ("worker", "driver", "tracker", "server")
+VICTIMS = ("worker", "node", "driver", "tracker", "server")
 EVERY_STEPS = 20
 
 
-def wait_for_a_moment(job: Job, run_folder: Path, step: float) -> None:
-    """Until the job has come as far as is wanted, and further than it was."""
+def wait_for_a_moment(job: Job, run_folder: Path, step: float, draws: random.Random) -> None:
+    """Until the job has come as far as is wanted, and further than it was; then for any part of a second more."""
     progress = steps_done(run_folder)
 
     def has_come_so_far() -> bool:
@@ -34,16 +38,30 @@ def wait_for_a_moment(job: Job, run_folder: Path, step: float) -> None:
         return steps_done(run_folder) > max(progress, step)
 
     wait_until(has_come_so_far, f"more than {step:.0f} steps")
+    moment = time.monotonic() + draws.random()  # of a step, an exchange, a checkpoint
+    wait_until(lambda: time.monotonic() > moment, "the moment")
 
 
-def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path) -> None:
+def kill_one(nodes: list[Any], title: str, which: int) -> bool:
+    """Kill a process of this title on any of the nodes; whether there was one."""
+    pids = sorted(pid for node in nodes for pid in pids_on(node, title))
+    if not pids:
+        return False
+    try:
+        os.kill(pids[which % len(pids)], signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path, cluster: Any) -> None:
     epochs = max(10, 4 * KILLS)  # six steps each: long enough to be killed so often
     options = (
         *("--train.epochs", str(epochs), "--checkpoints.every_steps", str(EVERY_STEPS), "--run.max_failures", "1000"),
-        *("--scaling.num_workers", "2", "--train.batch_size_per_worker", "3"),
+        *(*sharing(2), "--run.max_preemptions", "1000"),
         *("--train.evaluate_every_epochs", str(epochs), "--checkpoints.every_epochs", str(epochs)),
     )
-    calm = run_job("train", "--config", config, "--run.name", "calm-chaos", *options)
+    calm = run_job("train", "--config", config, "--run.name", f"calm-chaos-{KILLS}", *options)
     assert calm.exit_code == 0, calm.errors
     last_step = calm.last_line["steps"]
     server = Server(tmp_path)
@@ -51,21 +69,29 @@ def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path) -> N
     draws = random.Random(SEED)
     run_folder = folder / "runs" / "chaos"
     command = ("--config", config, "--run.name", "chaos", "--run.mlflow_uri", server.uri, *options)
-    job = Job(tmp_path / "chaos-0.log", "train", *command)
+
+    def start(number: int) -> Job:
+        return Job(tmp_path / f"chaos-{number}.log", "train", *command, RAY_ADDRESS=cluster.address)
+
+    job = start(0)
     began, killed = time.monotonic(), dict.fromkeys(VICTIMS, 0)
     try:
         while sum(killed.values()) < KILLS:
             share = (sum(killed.values()) + draws.random()) / KILLS
-            wait_for_a_moment(job, run_folder, 0.85 * share * last_step)
-            time.sleep(draws.random())  # any moment of a step, an exchange, a checkpoint
+            wait_for_a_moment(job, run_folder, 0.85 * share * last_step, draws)
             victim = draws.choice(VICTIMS)
-            if victim == "worker" and job.kill("RayTrainWorker", draws.randrange(2)) is None:
+            nodes = [cluster.head_node, *cluster.trainers]
+            if victim == "worker" and not kill_one(nodes, "RayTrainWorker", draws.randrange(2)):
                 continue
-            if victim == "tracker" and job.kill("RunActor") is None:
+            if victim == "tracker" and not kill_one(nodes, "RunActor", 0):
                 continue
+            if victim == "node":
+                lost = cluster.trainers.pop(draws.randrange(2))
+                cluster.remove_node(lost, allow_graceful=False)
+                cluster.trainers.append(cluster.add_node(**NODE))
             if victim == "driver":
                 job.kill_everything()
-                job = Job(tmp_path / f"chaos-{sum(killed.values()) + 1}.log", "train", *command)
+                job = start(sum(killed.values()) + 1)
             if victim == "server":
                 server.kill()
                 server.start()
@@ -73,7 +99,7 @@ def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path) -> N
         outcome = job.end()
         assert outcome.exit_code == 0, outcome.errors
         assert outcome.last_line["steps"] == last_step
-        assert_same_weights(run_folder, folder / "runs" / "calm-chaos")
+        assert_same_weights(run_folder, folder / "runs" / f"calm-chaos-{KILLS}")
         assert_each_step_once(server.uri, outcome.last_line["mlflow_run_id"], last_step)
         minutes = (time.monotonic() - began) / 60
         print(f"{killed} in {last_step} steps, {minutes:.1f} minutes")  # noqa: T201

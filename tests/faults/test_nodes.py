@@ -1,44 +1,31 @@
 """A node that is lost, and one that is to be taken back: two nodes beside a head, on this machine."""
 
-import contextlib
 import json
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.cluster import HEALTH_CHECKS
 from pipeline.mlflow_runs import default_uri
-from tests.faults.conftest import sharing
-from tests.faults.processes import Job, assert_each_step_once, steps_done, wait_for_step, wait_until
-from tests.jobs.sockets import descendants
+from tests.faults.conftest import NODE, sharing
+from tests.faults.processes import (
+    Job,
+    assert_each_step_once,
+    pids_on,
+    steps_done,
+    wait_for_more_steps,
+    wait_for_step,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.faults, pytest.mark.cluster]
 
 LAST_STEP = 12
 OUTAGE_SECONDS = 72.0  # what Ray's own settings gave
-
-
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    settings = {name.removeprefix("RAY_"): int(value) for name, value in HEALTH_CHECKS.items()}
-    memory = {"object_store_memory": 200 * 2**20}
-    root = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": settings, **memory},
-    )
-    cluster.trainers = [cluster.add_node(num_cpus=1, **memory) for _ in range(2)]
-    yield cluster
-    cluster.shutdown()
 
 
 def test_a_lost_node_costs_seconds_and_no_step(cluster: Any, start: Callable[..., Job], folder: Path) -> None:
@@ -50,7 +37,7 @@ def test_a_lost_node_costs_seconds_and_no_step(cluster: Any, start: Callable[...
     reached = steps_done(run_folder)
     began = time.monotonic()
     cluster.remove_node(cluster.trainers[0], allow_graceful=False)
-    wait_until(lambda: steps_done(run_folder) > reached + 2 or not job.is_running, "it goes on")
+    wait_for_more_steps(job, run_folder, reached + 2)
     outage = time.monotonic() - began
     outcome = job.end()
     assert outcome.exit_code == 0, outcome.errors
@@ -67,37 +54,24 @@ def test_a_node_that_comes_back_is_used_again(cluster: Any, start: Callable[...,
     job = start("back", *sharing(2), *options, "--train.epochs", "1000", RAY_ADDRESS=cluster.address)
     wait_for_step(job, run_folder, 3)
     lost, other = cluster.trainers
-    assert len(workers_of(lost)) == len(workers_of(other)) == 1
+    assert len(pids_on(lost, "RayTrainWorker")) == len(pids_on(other, "RayTrainWorker")) == 1
     reached = steps_done(run_folder)
     cluster.remove_node(lost, allow_graceful=False)
-    wait_until(lambda: steps_done(run_folder) > reached + 2 or not job.is_running, "it goes on with one")
+    wait_for_more_steps(job, run_folder, reached + 2)
     began = time.monotonic()
-    node = cluster.add_node(num_cpus=1, object_store_memory=200 * 2**20)
-    wait_until(lambda: workers_of(node) or not job.is_running, "the new node gets a worker")
+    node = cluster.add_node(**NODE)
+    wait_until(lambda: pids_on(node, "RayTrainWorker") or not job.is_running, "the new node gets a worker")
     reached = steps_done(run_folder)
-    wait_until(lambda: steps_done(run_folder) > reached + 2 or not job.is_running, "it goes on with two")
+    wait_for_more_steps(job, run_folder, reached + 2)
     print(f"two workers again {time.monotonic() - began:.1f} s after the node was back")  # noqa: T201
     assert job.is_running, Path(f"{job.log}.errors").read_text()
-    assert len(workers_of(node)) == len(workers_of(other)) == 1
+    assert len(pids_on(node, "RayTrainWorker")) == len(pids_on(other, "RayTrainWorker")) == 1
     job.process.send_signal(signal.SIGTERM)
     outcome = job.end()
     assert outcome.exit_code == 143
     run_id = json.loads((run_folder / "tracking" / "mark.json").read_text())["run_id"]
     steps = MlflowClient(default_uri(str(folder / "runs"))).get_metric_history(run_id, "loss")
     assert_each_step_once(default_uri(str(folder / "runs")), run_id, max(metric.step for metric in steps))
-
-
-def workers_of(node: Any) -> list[int]:
-    """Training processes that a node has started."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    return [pid for pid in descendants(raylet) if "RayTrainWorker" in command_line(pid)]
-
-
-def command_line(pid: int) -> str:
-    """Of a process; empty where it is gone."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    return ""
 
 
 def test_a_node_to_be_taken_back_is_saved_for(cluster: Any, start: Callable[..., Job], folder: Path) -> None:

@@ -19,6 +19,7 @@ from tests.faults.processes import (
     assert_same_weights,
     status_of,
     steps_done,
+    wait_for_more_steps,
     wait_for_step,
     wait_until,
     write_whole,
@@ -40,10 +41,13 @@ def test_workers_killed_at_three_steps(num_workers: int, start: Start, undisturb
     name = f"killed-{num_workers}"
     run_folder = folder / "runs" / name
     job = start(name, *sharing(num_workers), "--run.max_failures", "5")
-    for index, step in enumerate((3, 7, 10)):
+    for index, step in enumerate((3, 6, 9)):
         wait_for_step(job, run_folder, step)
         wait_until(lambda: job.pids("RayTrainWorker"), "the workers are there")
+        reached, began = steps_done(run_folder), time.monotonic()
         assert job.kill("RayTrainWorker", which=index) is not None
+        wait_for_more_steps(job, run_folder, reached + 1)
+        print(f"went on {time.monotonic() - began:.1f} s after a worker was killed")  # noqa: T201
     outcome = job.end()
     assert outcome.exit_code == 0, outcome.errors
     assert outcome.last_line["steps"] == LAST_STEP
@@ -65,7 +69,7 @@ def test_a_worker_that_ends_by_itself(
     pid, _ = job.pids("RayTrainWorker")
     write_whole(tmp_path / str(pid), order)
     wait_until(lambda: not job.is_running or pid not in job.pids("RayTrainWorker"), "the worker is gone")
-    wait_until(lambda: not job.is_running or steps_done(run_folder) > reached + 2, "it goes on")
+    wait_for_more_steps(job, run_folder, reached + 2)
     print(f"went on {time.monotonic() - began:.1f} s after the worker's {order}")  # noqa: T201
     outcome = job.end()
     assert outcome.exit_code == 0, outcome.errors
@@ -103,7 +107,11 @@ def test_driver_killed_and_the_newest_checkpoint_damaged(start: Start, undisturb
     content = bytearray((newest / MODEL_FILE).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / MODEL_FILE).write_bytes(content)
-    outcome = start("damaged", *sharing(2)).end()
+    reached, began = steps_done(run_folder), time.monotonic()
+    job = start("damaged", *sharing(2))
+    wait_for_more_steps(job, run_folder, reached)
+    print(f"went on {time.monotonic() - began:.1f} s after the same command")  # noqa: T201
+    outcome = job.end()
     assert outcome.exit_code == 0, outcome.errors
     assert f"warning: {newest} is refused: {newest}/{MODEL_FILE}: damaged (its SHA-256 is not" in outcome.output
     assert_same_weights(run_folder, calm)
@@ -115,7 +123,10 @@ def test_a_frozen_worker_is_named_and_ended(start: Start, undisturbed: Undisturb
     run_folder = folder / "runs" / "frozen"
     job = start("frozen", *sharing(2), "--run.hang_minutes", "0.2")
     wait_for_step(job, run_folder, 3)
+    reached, began = steps_done(run_folder), time.monotonic()
     pid = job.kill("RayTrainWorker", number=signal.SIGSTOP)
+    wait_for_more_steps(job, run_folder, reached + 2)
+    print(f"went on {time.monotonic() - began:.1f} s after a worker froze")  # noqa: T201
     outcome = job.end()
     assert outcome.exit_code == 0, outcome.errors
     told = [line for line in outcome.output.splitlines() if "gives no sign of life" in line]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -87,7 +88,7 @@ def test_all_is_well(nodes: Nodes, clone: Path, config: str) -> None:
 
 
 def test_jobs(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
-    """Prepare, try, train, train again; sweep and predict where this checkout has them."""
+    """Prepare, try, train, train again."""
     outcome = nodes.submit(clone, "python", "jobs/prepare.py", "--config", config)
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     outcome = nodes.submit(clone, "python", "jobs/train.py", "--config", config, "--smoke")
@@ -104,6 +105,32 @@ def test_jobs(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
     wrong = nodes.submit(clone, "python", "jobs/train.py", "--config", config, "--optim.learning_rate", "0.5")
     assert wrong.exit_code == 1
     assert "was begun with another configuration" in wrong.output + wrong.errors
+
+
+def test_sweep(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
+    """Two trials, whose workers take turns on the node that has CPUs; the best configuration is left for a training."""
+    space = json.dumps({"model.rpn.nms_threshold": {"grid": [0.6, 0.8]}})
+    options = ("--sweep.search", "grid", "--sweep.max_trials", "2", "--scaling.num_workers", "1")
+    sweep = ("python", "jobs/tune.py", "--config", config, "--run.name", "sweep", "--sweep.space", space, *options)
+    outcome = nodes.submit(clone, *sweep)
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert (folder / "runs/sweep/best.yaml").exists()
+    table = pq.read_table(folder / "runs/sweep/trials.parquet")
+    assert table["state"].to_pylist() == ["finished", "finished"]
+    assert sorted(table["model.rpn.nms_threshold"].to_pylist()) == [0.6, 0.8]
+
+
+def test_prediction(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
+    """All 31 images of the data set by the model that was trained here."""
+    output = folder / "found"
+    options = ("--images", str(folder / "shapes/images"), "--output", str(output), "--predict.images_per_part", "8")
+    outcome = nodes.submit(
+        clone, "python", "jobs/predict.py", "--config", config, "--checkpoint", str(folder / "runs/small"), *options
+    )
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["num_images"], manifest["num_errors"]) == (31, 0)
+    assert sum(pq.read_metadata(path).num_rows for path in (output / "parts").glob("*.parquet")) == 31
 
 
 def test_stopped_and_begun_again(nodes: Nodes, clone: Path, config: str, folder: Path) -> None:
