@@ -7,7 +7,6 @@
 Exits with 1 where something is to be done. The last line printed is JSON.
 """
 
-import json
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import FAILURE_EXIT_CODE, ConfigurationError, parse, run_job, say
+from pipeline.command_line import FAILURE_EXIT_CODE, ConfigurationError, parse, run_job, say, say_summary
 from pipeline.sweep_config import SweepConfig
 
 
@@ -66,7 +65,7 @@ def main(arguments: list[str]) -> None:
         if not counts[False]:
             for finding in doctor.inside_findings(config.base(), int(trials)):
                 tell(finding)
-    say(json.dumps({"well": not counts[False], "seconds": round(time.monotonic() - started, 1)}))
+    say_summary({"well": not counts[False], "seconds": round(time.monotonic() - started, 1)})
     if counts[False]:
         sys.exit(FAILURE_EXIT_CODE)
 

@@ -11,14 +11,13 @@ kinds of errors, calibration and the worst images; of LVIS's annotations its own
 JSON.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import ConfigurationError, parse, run_job, say
+from pipeline.command_line import ConfigurationError, parse, run_job, say, say_summary
 
 
 def main(arguments: list[str]) -> None:
@@ -65,7 +64,7 @@ def main(arguments: list[str]) -> None:
     seconds = round(time.monotonic() - started, 1)
     further = evaluation_report.report(config, rows, shards, metrics, started_from, options.output, say)
     summary = {**{k: round(v, 4) for k, v in metrics.items()}, "seconds": seconds, "checkpoint": started_from}
-    say(json.dumps({**summary, **further}))
+    say_summary({**summary, **further})
 
 
 if __name__ == "__main__":

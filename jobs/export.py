@@ -6,13 +6,12 @@ The checkpoint is a checkpoint folder, a run (folder, or name in run.storage_pat
 MLflow run. Each program is compared with the model before it counts. The last line printed is JSON.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import ConfigurationError, parse, run_job, say
+from pipeline.command_line import ConfigurationError, parse, run_job, say, say_summary
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> None:
 
     run = options.experiment.run
     folder = resolve_checkpoint(options.checkpoint, run.storage_path, run.mlflow_uri)
-    say(json.dumps(export_checkpoint(folder, options.output, int(batch_size), say)))
+    say_summary(export_checkpoint(folder, options.output, int(batch_size), say))
 
 
 if __name__ == "__main__":

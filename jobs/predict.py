@@ -9,13 +9,12 @@ Arrow data set (file or folder), or shards of ours. The output's format stands i
 The same command again goes on where it was stopped or killed. The last line printed is JSON.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import parse, run_job, say
+from pipeline.command_line import parse, run_job, say, say_summary
 
 
 def main(arguments: list[str]) -> None:
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> None:
 
     predictor = load_predictor(options.experiment, options.checkpoint, say)  # before Ray is started: mistakes show here
     cluster.connect(options.debug)
-    say(json.dumps(predict(options.experiment, predictor, options.images, options.output, say)))
+    say_summary(predict(options.experiment, predictor, options.images, options.output, say))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@
 The last line printed is JSON.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import parse, run_job, say
+from pipeline.command_line import parse, run_job, say, say_summary
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> None:
         "report": storage.join(checked.folder, PAGE),
         "classes": list(training.class_names),
     }
-    say(json.dumps(summary))
+    say_summary(summary)
 
 
 if __name__ == "__main__":

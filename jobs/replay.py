@@ -7,14 +7,13 @@ the training did. The last line printed is JSON.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import run_job, say
+from pipeline.command_line import run_job, say, say_summary
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> None:
             say(f"  {name:28s} {value:12.5g}{mark}")
         if worker["first_bad_gradient"]:
             say(f"  the gradient is not finite from {worker['first_bad_gradient']} on, backwards")
-    say(json.dumps({key: outcome[key] for key in ("step", "is_finite", "same_losses")}))
+    say_summary({key: outcome[key] for key in ("step", "is_finite", "same_losses")})
 
 
 if __name__ == "__main__":

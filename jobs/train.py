@@ -7,13 +7,12 @@ NAME puts the result into MLflow's registry, as its champion if it is better tha
 is JSON.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import ConfigurationError, parse, run_job, say
+from pipeline.command_line import ConfigurationError, parse, run_job, say, say_summary
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +43,7 @@ def main(arguments: list[str]) -> None:
         summary = launch.train(config, data, weights, say)
     if options.register:
         summary = {**summary, **launch.register(config, options.register, summary, say)}
-    say(json.dumps(summary))
+    say_summary(summary)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ The same command again goes on. The best configuration is left as best.yaml, whi
 printed is JSON.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from pipeline.command_line import parse, run_job, say
+from pipeline.command_line import parse, run_job, say, say_summary
 from pipeline.space_parsing import check_search, parse_space
 from pipeline.sweep_config import SweepConfig
 
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> None:
         launch.check_storage(config)
         run = sweep.run if config.sweep.checkpoint is None else threshold_job.run
         summary = run(config, space, options.debug, say)
-    say(json.dumps(summary))
+    say_summary(summary)
 
 
 if __name__ == "__main__":

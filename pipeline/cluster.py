@@ -142,6 +142,11 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
     return Placement(use_gpu, resources, max(MIN_CPUS_FOR_DATA, total_cpus - workers * resources["CPU"]))
 
 
+def cpus_beside(taken: float) -> float:
+    """CPUs of the nodes that are alive beside those that the workers of a training take; 0 where nodes are lost."""
+    return max(0.0, sum(node.get("CPU", 0.0) for node in _nodes()) - taken)
+
+
 def most_workers(scaling: ScalingSettings) -> int:
     """Workers that the cluster holds beside a CPU for data: on GPUs where it has some that it may use; at least 1."""
     cpus = {"CPU": float(scaling.cpus_per_worker)}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,15 @@ def _explain_failure(error: BaseException) -> str:
 def say(line: str) -> None:
     """Print a line at once, also into a pipe."""
     print(line, flush=True)  # noqa: T201 - what a job says to a person
+
+
+def say_summary(summary: Mapping[str, Any]) -> None:
+    """Print what a program reads, as the last line: Ray, which may still tell of a lost node, is left first."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+    say(json.dumps(summary))
 
 
 def parse(

@@ -255,17 +255,27 @@ def _followed(tracker: Any, say: Say) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM raise `Terminated`; Ray's own handler, set with its start, would end the process at once."""
+    """Have SIGTERM raise `Terminated`; Ray's own handler, set with its start, would end the process at once.
+
+    Inside of a wait for Ray it comes out as a plain KeyboardInterrupt, or as whatever Ray makes of that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    asked = threading.Event()
+
     def end(*_: object) -> None:
+        asked.set()
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        if asked.is_set() and not isinstance(interrupt, Terminated):
+            raise Terminated from interrupt
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -274,16 +274,18 @@ def split_stream(blocks: list[Any], load: LoadBlock, num_workers: int, cpus: flo
         blocks: from `planned_blocks`, at least one.
         load: what turns them into samples.
         num_workers: W.
-        cpus: CPUs that loading may take in the whole cluster.
+        cpus: CPUs that loading may take in the whole cluster. With none, as when the workers have all that is left of
+            it, one task at a time shares theirs; to wait for a CPU would be to wait for ever.
         object_store_bytes: bound of what waits for the workers; an ordered stream fills up behind a slow task.
     """
     import ray.data
     from ray.data.read_api import from_blocks  # from_arrow has a task look at every block, a second for 200 of them
 
-    dataset = from_blocks(blocks).map_batches(load, batch_size=None, batch_format="pyarrow")
+    sharing: dict[str, Any] = {} if cpus >= 1 else {"num_cpus": 0, "concurrency": 1}
+    dataset = from_blocks(blocks).map_batches(load, batch_size=None, batch_format="pyarrow", **sharing)
     options = dataset.context.execution_options
     options.preserve_order = True
-    options.resource_limits = ray.data.ExecutionResources(cpu=cpus, object_store_memory=object_store_bytes)
+    options.resource_limits = ray.data.ExecutionResources(cpu=max(cpus, 1), object_store_memory=object_store_bytes)
     dataset.context.custom_execution_callback_classes.append(PauseBetweenSteps)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False

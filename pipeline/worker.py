@@ -30,6 +30,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.checkpoint_store import CheckpointStore, local_folder
 from pipeline.checkpoint_writer import CheckpointWriter, checkpoint_bytes
+from pipeline.cluster import cpus_beside
 from pipeline.cluster_metrics import ClusterMetrics
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
@@ -343,7 +344,8 @@ class Worker:
             blocks = planned_blocks(self.plan, first_step, last_step, self.num_workers, per_block)
             load = self._load_block()
             store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
-            iterators = split_stream(blocks, load, self.num_workers, self.cpus_for_data, store_bytes)
+            cpus = min(self.cpus_for_data, cpus_beside(self.num_workers * self.config.scaling.cpus_per_worker))
+            iterators = split_stream(blocks, load, self.num_workers, cpus, store_bytes)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
         return PlannedBatches(
             iterators[self.rank],

@@ -77,8 +77,8 @@ def undisturbed(config: str, folder: Path) -> Callable[[int], Path]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head with a CPU, and two nodes with one each for the workers, `cluster.trainers`."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A head with a CPU, or as many as the parameter says, and two nodes with one each, `cluster.trainers`."""
     from ray.cluster_utils import Cluster
 
     settings = {name.removeprefix("RAY_"): int(value) for name, value in HEALTH_CHECKS.items()}
@@ -86,7 +86,12 @@ def cluster() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": settings, **STORE},
+        head_node_args={
+            "num_cpus": getattr(request, "param", 1),
+            "include_dashboard": False,
+            "_system_config": settings,
+            **STORE,
+        },
     )
     cluster.trainers = [cluster.add_node(**NODE) for _ in range(2)]
     yield cluster

@@ -28,6 +28,7 @@ LAST_STEP = 12
 OUTAGE_SECONDS = 72.0  # what Ray's own settings gave
 
 
+@pytest.mark.parametrize("cluster", [0], indirect=True, ids=["idle-head"])  # so each node has one of the two workers
 def test_a_lost_node_costs_seconds_and_no_step(cluster: Any, start: Callable[..., Job], folder: Path) -> None:
     """With as few as one worker allowed the training goes on without the node, its global batch the same."""
     run_folder = folder / "runs" / "node"
@@ -47,6 +48,7 @@ def test_a_lost_node_costs_seconds_and_no_step(cluster: Any, start: Callable[...
     assert outage < OUTAGE_SECONDS
 
 
+@pytest.mark.parametrize("cluster", [0], indirect=True, ids=["idle-head"])
 def test_a_node_that_comes_back_is_used_again(cluster: Any, start: Callable[..., Job], folder: Path) -> None:
     """Lost, then replaced: the training goes on with one worker, and with two again as soon as there is room."""
     run_folder = folder / "runs" / "back"

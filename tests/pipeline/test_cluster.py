@@ -43,6 +43,12 @@ def test_workers_leave_a_cpu_for_reading_data(monkeypatch: pytest.MonkeyPatch) -
         place(num_workers=3)
 
 
+def test_cpus_beside_the_workers_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_cluster(monkeypatch, [{"CPU": 3.0}, {"CPU": 1.0}, {}])
+    assert cluster.cpus_beside(2.0) == 2.0
+    assert cluster.cpus_beside(5.0) == 0.0
+
+
 def test_a_worker_never_spans_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     set_cluster(monkeypatch, [{"CPU": 3.0}, {"CPU": 3.0}])
     assert place(num_workers=2, cpus_per_worker=2).cpus_for_data == 2.0

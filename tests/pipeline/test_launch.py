@@ -17,6 +17,19 @@ def test_sigterm_ends_a_training_as_an_interrupt_does() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_that_ray_made_an_interrupt_of_is_still_one() -> None:
+    """As a wait for Ray does, which reads the signal in code that is not Python."""
+    with pytest.raises(KeyboardInterrupt) as caught, ending_on_sigterm():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Terminated:
+            raise KeyboardInterrupt from None
+    assert isinstance(caught.value, Terminated)
+    with pytest.raises(KeyboardInterrupt) as caught, ending_on_sigterm():
+        raise KeyboardInterrupt  # Ctrl-C
+    assert not isinstance(caught.value, Terminated)
+
+
 def test_the_number_of_workers_may_fall_where_it_is_allowed() -> None:
     assert _worker_range(ScalingSettings(num_workers=4)) == 4
     assert _worker_range(ScalingSettings(num_workers=4, min_workers=4)) == 4

@@ -351,12 +351,12 @@ def test_shards_that_were_prepared_anew_are_noticed(prepared: Prepared, tmp_path
 
 
 def consume(
-    prepared: Prepared, num_workers: int, first: int, last: int, batch: int = 6, per_block: int = 2
+    prepared: Prepared, num_workers: int, first: int, last: int, batch: int = 6, per_block: int = 2, cpus: float = 2
 ) -> list[list[Batch]]:
     """Read the stream as the workers of a training do, each in a thread of its own."""
     plan = real_plan(prepared, batch)
     blocks = planned_blocks(plan, first, last, num_workers, per_block)
-    iterators = split_stream(blocks, loader(prepared), num_workers, cpus=2, object_store_bytes=64 * 1024 * 1024)
+    iterators = split_stream(blocks, loader(prepared), num_workers, cpus, object_store_bytes=64 * 1024 * 1024)
     active = ShardSet(prepared.data.training).manifest.active_classes()
     workers = [
         PlannedBatches(iterator, active, first, last, worker, batch // num_workers, num_workers)
@@ -364,6 +364,23 @@ def consume(
     ]
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(list, workers))
+
+
+@pytest.mark.cluster
+def test_it_goes_on_where_others_have_all_cpus(prepared: Prepared, batches_of_one_worker: list[Batch]) -> None:
+    """As when a node is lost and the workers take what is left; asking for a CPU, a task would wait for ever."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    everything = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    ray.get(everything.ready())
+    try:
+        (found,) = consume(prepared, 1, 0, 4, cpus=0)
+    finally:
+        remove_placement_group(everything)
+    for batch, expected in zip(found, batches_of_one_worker[:4], strict=True):
+        assert torch.equal(batch.random_keys, expected.random_keys)
+        assert torch.equal(batch.images, expected.images)
 
 
 @pytest.mark.cluster
