@@ -19,11 +19,15 @@ def test_sigterm_ends_a_training_as_an_interrupt_does() -> None:
 
 def test_sigterm_that_ray_made_an_interrupt_of_is_still_one() -> None:
     """As a wait for Ray does, which reads the signal in code that is not Python."""
-    with pytest.raises(KeyboardInterrupt) as caught, ending_on_sigterm():
+
+    def wait() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         except Terminated:
             raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt) as caught, ending_on_sigterm():
+        wait()
     assert isinstance(caught.value, Terminated)
     with pytest.raises(KeyboardInterrupt) as caught, ending_on_sigterm():
         raise KeyboardInterrupt  # Ctrl-C
