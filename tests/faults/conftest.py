@@ -1,5 +1,6 @@
 """Fixtures of the fault tests."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,7 +69,8 @@ def undisturbed(config: str, folder: Path) -> Callable[[int], Path]:
 
     def of_workers(num_workers: int) -> Path:
         if num_workers not in done:
-            outcome = run_job("train", "--config", config, *sharing(num_workers), "--run.name", f"calm-{num_workers}")
+            options = (*sharing(num_workers), "--run.name", f"calm-{num_workers}")
+            outcome = run_job("train", "--config", config, *options, **room_for(num_workers))
             assert outcome.exit_code == 0, outcome.errors
             done[num_workers] = folder / "runs" / f"calm-{num_workers}"
         return done[num_workers]
@@ -102,3 +104,8 @@ def sharing(num_workers: int) -> tuple[str, ...]:
     """Options that share the six images of a step out."""
     images = str(6 // num_workers)
     return ("--scaling.num_workers", str(num_workers), "--train.batch_size_per_worker", images)
+
+
+def room_for(num_workers: int) -> dict[str, str]:
+    """Environment in which Ray counts a CPU for each worker and one for reading, however few cores there are."""
+    return {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": num_workers + 1})}

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.checkpoint import MODEL_FILE
 from pipeline.mlflow_runs import default_uri
-from tests.faults.conftest import sharing
+from tests.faults.conftest import room_for, sharing
 from tests.faults.processes import (
     Job,
     assert_each_step_once,
@@ -40,7 +40,7 @@ def test_workers_killed_at_three_steps(num_workers: int, start: Start, undisturb
     calm = undisturbed(num_workers)
     name = f"killed-{num_workers}"
     run_folder = folder / "runs" / name
-    job = start(name, *sharing(num_workers), "--run.max_failures", "5")
+    job = start(name, *sharing(num_workers), "--run.max_failures", "5", **room_for(num_workers))
     for index, step in enumerate((3, 6, 9)):
         wait_for_step(job, run_folder, step)
         wait_until(lambda: job.pids("RayTrainWorker"), "the workers are there")

@@ -47,11 +47,12 @@ def environment() -> dict[str, str]:
     return {**kept, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def run_job(name: str, *arguments: str) -> Outcome:
-    """Run `python jobs/NAME.py ARGUMENTS` to its end."""
+def run_job(name: str, *arguments: str, **variables: str) -> Outcome:
+    """Run `python jobs/NAME.py ARGUMENTS` to its end, with further variables of the environment."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],
-        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=TIMEOUT_SECONDS, check=False,
+        capture_output=True, text=True, env={**environment(), **variables}, cwd=ROOT, timeout=TIMEOUT_SECONDS,
+        check=False,
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout, done.stderr)
 
