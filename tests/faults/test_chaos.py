@@ -55,7 +55,7 @@ def kill_one(nodes: list[Any], title: str, which: int) -> bool:
 
 
 def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path, cluster: Any) -> None:
-    epochs = max(10, 4 * KILLS)  # six steps each: long enough to be killed so often
+    epochs = max(10, 2 * KILLS)  # six steps each: a kill every ten steps or so
     options = (
         *("--train.epochs", str(epochs), "--checkpoints.every_steps", str(EVERY_STEPS), "--run.max_failures", "1000"),
         *(*sharing(2), "--run.max_preemptions", "1000"),
