@@ -55,7 +55,7 @@ def kill_one(nodes: list[Any], title: str, which: int) -> bool:
 
 
 def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path, cluster: Any) -> None:
-    epochs = max(10, 2 * KILLS)  # six steps each: a kill every ten steps or so
+    epochs = max(10, 3 * KILLS)  # six steps each: a kill every fifteen steps or so
     options = (
         *("--train.epochs", str(epochs), "--checkpoints.every_steps", str(EVERY_STEPS), "--run.max_failures", "1000"),
         *(*sharing(2), "--run.max_preemptions", "1000"),
@@ -94,7 +94,7 @@ def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path, clus
                 job = start(sum(killed.values()) + 1)
             if victim == "server":
                 server.kill()
-                server.start()
+                server.start(wait=False)  # which the training does not do either
             killed[victim] += 1
         outcome = job.end()
         assert outcome.exit_code == 0, outcome.errors

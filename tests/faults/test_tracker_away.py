@@ -29,7 +29,7 @@ class Server:
         self.uri, self._folder = f"http://127.0.0.1:{self.port}", folder
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, wait: bool = True) -> None:
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--backend-store-uri", f"sqlite:///{self._folder}/server.db", "--workers", "1"),
@@ -37,7 +37,8 @@ class Server:
         ]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
-        wait_until(self._answers, "the MLflow server", 120)
+        if wait:
+            wait_until(self._answers, "the MLflow server", 120)
 
     def _answers(self) -> bool:
         try:
