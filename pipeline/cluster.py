@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": "3",
 }
 """Environment of a head node that notices a lost node after seconds; Ray's own settings take about fifteen."""
+_connected_here = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,18 @@ def connect(debug: bool, reads_data: bool = True, concurrent_trials: int = 1, da
     else:
         num_cpus = local_cpus() + (concurrent_trials - 1) * MIN_CPUS_FOR_DATA
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **quiet)
+    _connected_here.set()
     if not debug and reads_data:
         _quiet_data()
+
+
+def leave() -> None:
+    """Leave the cluster that `connect` has joined or started; nothing where it did not, or found Ray running."""
+    if _connected_here.is_set():
+        import ray
+
+        ray.shutdown()
+        _connected_here.clear()
 
 
 def local_cpus() -> int:

@@ -60,10 +60,10 @@ def say(line: str) -> None:
 
 def say_summary(summary: Mapping[str, Any]) -> None:
     """Print what a program reads, as the last line: Ray, which may still tell of a lost node, is left first."""
-    if "ray" in sys.modules:
-        import ray
+    if "pipeline.cluster" in sys.modules:
+        from pipeline import cluster
 
-        ray.shutdown()
+        cluster.leave()
     say(json.dumps(summary))
 
 
