@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,10 +89,11 @@ def test_never_up_killed_frozen_and_back(server: Server, tmp_path: Path, monkeyp
     run_id = tracker.run_id()
     assert run_id is not None
 
-    for damage, repair in (
+    harms: list[tuple[Callable[[], None], Callable[[], None]]] = [
         (server.kill, server.start),
         (lambda: server.send(signal.SIGSTOP), lambda: server.send(signal.SIGCONT)),
-    ):
+    ]
+    for damage, repair in harms:
         first = len(tracker._journalled["loss"]) + 1
         log(first, first + 50)
         damage()
