@@ -32,7 +32,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from benchmarks.ingredients import batches_of_rank, free_port, prepare_data
+from benchmarks.ingredients import batches_of_rank, free_port, prepare_data, with_changes
 from benchmarks.results import Table, show
 from model.canvas import image_windows, normalise
 from model.config import ModelConfig
@@ -43,9 +43,8 @@ from pipeline.config import ExperimentConfig
 from pipeline.evaluation import (
     EvaluatedRow,
     average_precision,
-    coco_results,
     evaluate_rows,
-    ground_truth,
+    evaluated_row,
     predict_rows,
 )
 from pipeline.optim import build_optimizer
@@ -183,14 +182,7 @@ def main() -> None:
 
 def read_config(path: Path, changes: list[list[str]]) -> ExperimentConfig:
     """The recipe, some keys of it changed."""
-    values = yaml.safe_load(path.read_text())
-    for key, value in changes:
-        *sections, knob = key.split(".")
-        part = values
-        for section in sections:
-            part = part.setdefault(section, {})
-        part[knob] = yaml.safe_load(value)
-    return ExperimentConfig.model_validate(values)
+    return with_changes(yaml.safe_load(path.read_text()), {key: yaml.safe_load(value) for key, value in changes})
 
 
 def run(config: ExperimentConfig, data: PreparedData, kind: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -245,13 +237,7 @@ def judge(model: nn.Module, validation: ShardSet, dtype: torch.dtype | None) -> 
     if isinstance(model, MaskRCNN):
         return evaluate_rows(model, validation, rows, EVALUATION_BATCH_SIZE, dtype)
     return [
-        EvaluatedRow(
-            values["row"],
-            values["height"],
-            values["width"],
-            ground_truth(values),
-            coco_results(values, found, validation.manifest),
-        )
+        evaluated_row(values, found, validation.manifest)
         for values, found in predict_rows(model, validation, rows, EVALUATION_BATCH_SIZE, dtype)  # type: ignore[arg-type]
     ]
 

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 
 import torch
 
+from benchmarks.processes import family, private_megabytes
+
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 91
 SAMPLE_SECONDS = 2.0
@@ -262,34 +264,12 @@ def measure_memory(options: argparse.Namespace) -> None:
     while process.poll() is None:
         time.sleep(SAMPLE_SECONDS)
         parts = len(list(output.glob("parts/*.parquet")))
-        samples.append((parts * PART_OF_LONG, time.monotonic() - started, megabytes_of_group(process.pid)))
+        samples.append((parts * PART_OF_LONG, time.monotonic() - started, private_megabytes(family(process.pid))))
     assert process.stdout is not None
     print(process.stdout.read().strip().splitlines()[-1])
     for share in (0.1, 0.25, 0.5, 0.75, 0.95):
         near = min(samples, key=lambda sample: abs(sample[0] - share * options.long))
         print(f"after {near[0]:6} images ({near[1]:.0f} s): {near[2]:.0f} MB in all processes")
-
-
-def megabytes_of_group(group: int) -> float:
-    """Memory, mapped files and the object store left out, of all processes below one."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    waiting, total = [group], 0
-    while waiting:
-        process = waiting.pop()
-        waiting += children.get(process, [])
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
-    return total / 1024
 
 
 if __name__ == "__main__":

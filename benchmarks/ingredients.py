@@ -140,7 +140,12 @@ def config_of(path: Path, name: str, seed: int, always: dict[str, Any]) -> Exper
     values = yaml.safe_load(path.read_text())
     recipe = ExperimentConfig.model_validate(values)
     changes = {"scaling.num_workers": 1, "train.batch_size_per_worker": recipe.global_batch_size, "train.seed": seed}
-    for key, value in {**changes, **INGREDIENTS[name], **always}.items():
+    return with_changes(values, {**changes, **INGREDIENTS[name], **always})
+
+
+def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> ExperimentConfig:
+    """A configuration as read from YAML, some keys of it set by their dotted names."""
+    for key, value in changes.items():
         *sections, knob = key.split(".")
         part = values
         for section in sections:

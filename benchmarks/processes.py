@@ -1,54 +1,50 @@
 """CPU time and memory of a process and all that it started, from /proc."""
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
+PARENT, SESSION, TIMES = 1, 3, slice(11, 15)  # fields behind the name
+
+
+def _fields(process: int) -> list[str]:
+    """Of a process behind its name; nothing where it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _all() -> Iterator[tuple[int, list[str]]]:
+    """Every process there is."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (fields := _fields(int(entry.name))):
+            yield int(entry.name), fields
 
 
 def family(root: int) -> list[int]:
     """A process and all below it."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    children: dict[int, list[int]] = {}
+    for process, fields in _all():
+        children.setdefault(int(fields[PARENT]), []).append(process)
     found = [root]
     for process in found:
-        found += parents.get(process, [])
+        found += children.get(process, [])
     return found
 
 
 def session(leader: int) -> list[int]:
     """All processes of a session, also those whose parents have ended."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == leader:
-                found.append(int(entry.name))
-    return found
+    return [process for process, fields in _all() if int(fields[SESSION]) == leader]
 
 
-def cpu_seconds(processes: list[int]) -> float:
+def cpu_seconds(processes: Iterable[int]) -> float:
     """User and system time of processes, and of those of their children that have ended."""
-    total = 0
-    for process in processes:
-        try:
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        total += sum(int(number) for number in fields[11:15])
-    return total / TICKS
+    return sum(int(number) for process in processes for number in _fields(process)[TIMES]) / TICKS
 
 
-def private_megabytes(processes: list[int]) -> float:
+def private_megabytes(processes: Iterable[int]) -> float:
     """Memory that is not a mapped file or the object store."""
     total = 0
     for process in processes:

@@ -28,6 +28,7 @@ HEALTH_CHECKS = {
 }
 """Environment of a head node that notices a lost node after seconds; Ray's own settings take about fifteen."""
 _connected_here = threading.Event()
+"""Set while this process is in a cluster by `connect`, and not by a Ray that somebody else has started in it."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,8 @@ def place_workers(scaling: ScalingSettings, say: Callable[[str], None]) -> Place
     shortage = _shortage(least, resources)
     if shortage is not None:
         _wait_for_nodes(scaling.model_copy(update={"num_workers": least}), resources, shortage, say)
-    total_cpus = sum(node.get("CPU", 0.0) for node in _nodes())
     workers = min(scaling.num_workers, max(least, _num_that_fit(_nodes(), resources)))
-    return Placement(use_gpu, resources, max(MIN_CPUS_FOR_DATA, total_cpus - workers * resources["CPU"]))
+    return Placement(use_gpu, resources, max(MIN_CPUS_FOR_DATA, cpus_beside(workers * resources["CPU"])))
 
 
 def cpus_beside(taken: float) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline import cluster
 from pipeline.config import ExperimentConfig
 from pipeline.errors import Terminated, UserError
 
@@ -60,10 +61,7 @@ def say(line: str) -> None:
 
 def say_summary(summary: Mapping[str, Any]) -> None:
     """Print what a program reads, as the last line: Ray, which may still tell of a lost node, is left first."""
-    if "pipeline.cluster" in sys.modules:
-        from pipeline import cluster
-
-        cluster.leave()
+    cluster.leave()
     say(json.dumps(summary))
 
 

@@ -209,16 +209,27 @@ def evaluate_rows(
         )
     )
     return [
-        EvaluatedRow(
-            values["row"],
-            values["height"],
-            values["width"],
-            ground_truth(values),
-            coco_results(values, detections, shards.manifest, whole_pixels),
+        evaluated_row(
+            values,
+            detections,
+            shards.manifest,
+            whole_pixels,
             _proposal_recall(values, proposals) if proposals is not None else None,
         )
         for values, detections, proposals in seen
     ]
+
+
+def evaluated_row(
+    values: dict[str, Any],
+    detections: Detections,
+    manifest: Manifest,
+    whole_pixels: bool = False,
+    recall: RecallCounts | None = None,
+) -> EvaluatedRow:
+    """A row as read and what was found in it; see `coco_results`."""
+    results = coco_results(values, detections, manifest, whole_pixels)
+    return EvaluatedRow(values["row"], values["height"], values["width"], ground_truth(values), results, recall)
 
 
 def _proposal_recall(values: dict[str, Any], proposals: torch.Tensor) -> RecallCounts:

@@ -418,10 +418,6 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 1)
-
-
 def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
     """What the job prints; the metrics are those of the checkpoint that it names, the best one."""
     chosen = best(CheckpointStore(folder).list())
@@ -431,7 +427,7 @@ def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> 
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
         "step_seconds": {name: round(value, 5) for name, value in result.return_value["step_seconds"].items()},
-        "first_batch_seconds": _rounded(result.return_value["first_batch_seconds"]),
+        "first_batch_seconds": result.return_value["first_batch_seconds"],
         "steps": result.return_value["steps"],
         "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),

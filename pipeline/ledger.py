@@ -64,7 +64,7 @@ class StepLedger:
         batch = next(batches)
         arrived = time.perf_counter()
         if self.first_batch_seconds is None:
-            self.first_batch_seconds = arrived - started
+            self.first_batch_seconds = round(arrived - started, 2)
         batch = to_device(batch)
         if self._sampling:
             self._of_step["data_wait"].append((started, arrived))

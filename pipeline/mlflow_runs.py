@@ -67,7 +67,7 @@ def answers(client: Any) -> bool:
     """Whether MLflow itself is there, so that a failed upload is the fault of its artifact store."""
     try:
         client.search_experiments(max_results=1)
-    except Exception:
+    except Exception:  # of MLflow, its database or the network: whatever it is, MLflow is not there
         return False
     return True
 

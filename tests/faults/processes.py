@@ -33,6 +33,18 @@ def write_whole(path: Path, text: str) -> None:
     path.with_suffix(".part").rename(path)
 
 
+def kill_one(pids: list[int], which: int = 0, number: signal.Signals = signal.SIGKILL) -> int | None:
+    """Send a signal to one of several processes; its id, None where there is none any more."""
+    if not pids:
+        return None
+    pid = sorted(pids)[which % len(pids)]
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return None
+    return pid
+
+
 class Job:
     """`python jobs/NAME.py ...` with all the processes that it starts."""
 
@@ -67,15 +79,7 @@ class Job:
 
     def kill(self, title: str, which: int = 0, number: signal.Signals = signal.SIGKILL) -> int | None:
         """Send a signal to one of the processes of a title; its id, None where there is none."""
-        pids = sorted(self.pids(title))
-        if not pids:
-            return None
-        pid = pids[which % len(pids)]
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return None
-        return pid
+        return kill_one(self.pids(title), which, number)
 
     def kill_everything(self) -> None:
         """As when the machine goes down; only processes of this job."""

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tests.faults.processes import (
     Job,
     assert_each_step_once,
     assert_same_weights,
+    kill_one,
     pids_on,
     steps_done,
     wait_until,
@@ -40,18 +40,6 @@ def wait_for_a_moment(job: Job, run_folder: Path, step: float, draws: random.Ran
     wait_until(has_come_so_far, f"more than {step:.0f} steps")
     moment = time.monotonic() + draws.random()  # of a step, an exchange, a checkpoint
     wait_until(lambda: time.monotonic() > moment, "the moment")
-
-
-def kill_one(nodes: list[Any], title: str, which: int) -> bool:
-    """Kill a process of this title on any of the nodes; whether there was one."""
-    pids = sorted(pid for node in nodes for pid in pids_on(node, title))
-    if not pids:
-        return False
-    try:
-        os.kill(pids[which % len(pids)], signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path, cluster: Any) -> None:
@@ -81,9 +69,9 @@ def test_kills_at_random_moments(config: str, folder: Path, tmp_path: Path, clus
             wait_for_a_moment(job, run_folder, 0.85 * share * last_step, draws)
             victim = draws.choice(VICTIMS)
             nodes = [cluster.head_node, *cluster.trainers]
-            if victim == "worker" and not kill_one(nodes, "RayTrainWorker", draws.randrange(2)):
-                continue
-            if victim == "tracker" and not kill_one(nodes, "RunActor", 0):
+            title = {"worker": "RayTrainWorker", "tracker": "RunActor"}.get(victim)
+            pids = [pid for node in nodes for pid in pids_on(node, title)] if title else []
+            if title and kill_one(pids, draws.randrange(2)) is None:
                 continue
             if victim == "node":
                 lost = cluster.trainers.pop(draws.randrange(2))

@@ -83,7 +83,7 @@ def test_augmentation_and_contradictions(folder: Path) -> None:
     assert outcome.error_lines == ["error: --checkpoint and --predictions: only one of them can be evaluated"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="only a browser can tell that the page draws; no Chromium here")
 def test_the_page_shows_its_pictures_without_a_network(evaluated: Outcome, tmp_path: Path) -> None:
     text = Path(evaluated.last_line["report"]).read_text()
     assert "http://" not in text

@@ -13,10 +13,10 @@ from PIL import Image
 from jobs.prepare import main
 from pipeline.command_line import run_job
 from pipeline.shards import ShardSet
-from tests.pipeline.factories import SHARED_DATA
+from tests.pipeline.factories import SHARED_DATA, needs_shared_data
 
 NASTY = SHARED_DATA / "nasty"
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not NASTY.is_dir(), reason="the odd images are not there")]
+pytestmark = [pytest.mark.cluster, needs_shared_data("nasty")]
 
 
 def expectations() -> dict[str, tuple[int, int, tuple[int, ...]] | None]:

@@ -99,7 +99,7 @@ def test_changed_image_is_noticed(undisturbed: Outcome, config: str, folder: Pat
     assert (folder / "changed" / name).read_bytes() == (folder / "undisturbed" / name).read_bytes()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="only a browser can tell that the page draws; no Chromium here")
 def test_the_page_shows_its_pictures_without_a_network(undisturbed: Outcome, tmp_path: Path) -> None:
     page = Path(undisturbed.last_line["report"])
     report = json.loads((page.parent / "report.json").read_text())

@@ -15,7 +15,7 @@ from pipeline.cuda_graph import EAGER_STEPS, GraphedGradients
 from pipeline.training import accumulate_gradients
 from tests.model.factories import Thing, ellipse, make_batch, painted_scene, rectangle, tiny_config
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA path runs on a GPU alone")
 CUDA = torch.device("cuda")
 
 

@@ -91,15 +91,18 @@ def _empty_worker(rank: int, folder: str) -> None:
     _start(rank, 2, folder)
     norm = layer(SynchronisedBatchNorm)
     found = run(norm, torch.full((3, CHANNELS, 1, 1), 7.0), torch.zeros(3, dtype=torch.bool), torch.ones(1))
-    assert found["running_mean"].eq(0).all()
-    assert found["running_var"].eq(1).all()
-    assert found["y"].isfinite().all()
-    assert found["x_grad"].eq(0).all()
+    torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_without_any_real_row_the_running_statistics_are_used_and_kept(tmp_path: Path) -> None:
     spawn(_empty_worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["running_mean"].eq(0).all()
+        assert found["running_var"].eq(1).all()
+        assert found["y"].isfinite().all()
+        assert found["x_grad"].eq(0).all()
 
 
 @pytest.mark.parametrize("training", [True, False])

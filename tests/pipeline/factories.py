@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -49,6 +50,13 @@ Pixels = npt.NDArray[np.uint8]
 LANDSCAPE, PORTRAIT = (48, 64), (64, 48)  # rows and columns of the images
 CANVASES = ((64, 96), (96, 64))  # one for each of them
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def needs_shared_data(*names: str) -> pytest.MarkDecorator:
+    """Real images are not ours to give on (licences), and too large: a clone alone tests without them, and says so."""
+    lacking = [name for name in names if not (SHARED_DATA / name).is_dir()]
+    reason = f"real images, which this repository does not hold: no {', '.join(lacking)} in {SHARED_DATA}"
+    return pytest.mark.skipif(bool(lacking), reason=reason)
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:

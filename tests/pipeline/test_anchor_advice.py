@@ -14,7 +14,7 @@ from pipeline.command_line import known_keys
 from pipeline.config import CocoSource, ExperimentConfig, PolicySettings
 from pipeline.preflight import boxes_on_canvas
 from pipeline.record_checks import check_records
-from tests.pipeline.factories import SHARED_DATA
+from tests.pipeline.factories import SHARED_DATA, needs_shared_data
 
 LEVEL_STRIDES = (4, 8, 16, 32, 64)
 
@@ -63,7 +63,7 @@ def real_objects(name: str, canvases: tuple[tuple[int, int], ...]) -> Objects:
     return boxes_on_canvas(records, np.array(rows, dtype=np.float64), canvases)
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real images are not there")
+@needs_shared_data("coco_mini", "nuclei")
 @pytest.mark.parametrize(
     ("name", "canvases", "anchors", "number"),
     [

@@ -31,7 +31,7 @@ from pipeline.preprocess import rasterise
 from pipeline.record_checks import check_records
 from pipeline.shard_writer import Contents, write_shards
 from pipeline.shards import ShardSet, Source
-from tests.pipeline.factories import CANVASES, SHARED_DATA, Json, Prepared, row_settings, thin_model
+from tests.pipeline.factories import CANVASES, SHARED_DATA, Json, Prepared, needs_shared_data, row_settings, thin_model
 
 COCO_MINI = SHARED_DATA / "coco_mini"
 
@@ -293,7 +293,7 @@ def truth_as_results(annotations: list[Json]) -> list[Json]:
 
 
 @pytest.mark.cluster
-@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="the small piece of COCO is not there")
+@needs_shared_data("coco_mini")
 def test_numbers_on_coco_are_those_of_pycocotools(local_ray: None, tmp_path: Path) -> None:
     annotations = COCO_MINI / "annotations" / "instances_val.json"
     shards = shards_of(COCO_MINI, "val", tmp_path / "shards")

@@ -12,7 +12,7 @@ from pipeline import evaluation_report
 from pipeline.coco_metrics import STATISTICS
 from pipeline.evaluation import AP_METRICS, EvaluatedRow, average_precision
 from pipeline.evaluation_analysis import LvisFields, analyse
-from tests.pipeline.factories import SHARED_DATA, Json
+from tests.pipeline.factories import SHARED_DATA, Json, needs_shared_data
 from tests.pipeline.test_evaluation import square
 
 pytest.importorskip("hotcoco")
@@ -66,8 +66,11 @@ def test_an_object_found_with_a_low_score_is_missed_for_those_who_look() -> None
 
 def test_nothing_found_and_nothing_there() -> None:
     for rows in ([row(0, [(1, square(0))], [])], [row(0, [], [])], [row(0, [], [(1, 0.9, square(0))])]):
-        report, _ = analyse(rows, ("cat",))
-        json.dumps(report, allow_nan=False)
+        report, (verdict,) = analyse(rows, ("cat",))
+        assert json.loads(json.dumps(report, allow_nan=False)), "no NaN, which JSON does not have"
+        assert (len(verdict.missed), len(verdict.wrong), len(verdict.right)) == (
+            len(rows[0].annotations), len(rows[0].results), 0,
+        )  # fmt: skip
 
 
 def coco_rows(seed: int = 0) -> tuple[list[EvaluatedRow], list[str], Json]:
@@ -97,7 +100,7 @@ def coco_rows(seed: int = 0) -> tuple[list[EvaluatedRow], list[str], Json]:
     return rows, [category["name"] for category in content["categories"]], content
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the small piece of COCO is not there")
+@needs_shared_data("coco_mini")
 def test_on_coco_it_is_pycocotools_class_by_class() -> None:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -181,7 +184,7 @@ class Shards:
         return (self.read_row(number) for number in rows)
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the small piece of COCO is not there")
+@needs_shared_data("coco_mini")
 def test_the_page_needs_no_network_and_has_its_pictures(tmp_path: Path) -> None:
     rows, names, content = coco_rows()
     annotations = tmp_path / "val.json"
@@ -199,7 +202,7 @@ def test_the_page_needs_no_network_and_has_its_pictures(tmp_path: Path) -> None:
     json.loads((tmp_path / "report" / "report.json").read_text())
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the small piece of COCO is not there")
+@needs_shared_data("coco_mini")
 def test_annotations_of_lvis_are_recognised(tmp_path: Path) -> None:
     rows, names, content = coco_rows()
     for index, category in enumerate(content["categories"]):

@@ -29,11 +29,10 @@ from pipeline.prediction_parts import PartPredictor
 from pipeline.prediction_pool import Part, Pool
 from pipeline.prediction_schema import read_predictions
 from pipeline.preprocess import decode_image
-from tests.pipeline.factories import SHARED_DATA, Json, Prepared, noise, png
+from tests.pipeline.factories import SHARED_DATA, Json, Prepared, needs_shared_data, noise, png
 from tests.pipeline.small import write_small_checkpoint
 
 pytestmark = pytest.mark.cluster
-needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the shared images are not there")
 
 
 def config(**settings: Any) -> ExperimentConfig:
@@ -76,7 +75,7 @@ def assert_equal_to_the_model(rows: list[Json], files: dict[str, bytes], predict
         assert row["mask_counts"] == [mask["counts"] for mask in masks]
 
 
-@needs_shared_data
+@needs_shared_data("coco_mini", "nuclei", "nasty")
 def test_odd_images(local_ray: None, predictor: Predictor, tmp_path: Path) -> None:
     """The unreadable ones are exactly those that the README of the images names."""
     nasty = SHARED_DATA / "nasty"
@@ -96,7 +95,7 @@ def test_odd_images(local_ray: None, predictor: Predictor, tmp_path: Path) -> No
     assert len(list(tmp_path.glob("cutouts/*/*.png"))) > 100
 
 
-@needs_shared_data
+@needs_shared_data("coco_mini", "nuclei", "nasty")
 def test_coco(local_ray: None, checkpoint: str, tmp_path: Path) -> None:
     """Image ids, category ids by name, and a COCO results file that pycocotools takes."""
     from pycocotools.coco import COCO
@@ -127,7 +126,7 @@ def test_coco(local_ray: None, checkpoint: str, tmp_path: Path) -> None:
     assert len(loaded.anns) == len(results)
 
 
-@needs_shared_data
+@needs_shared_data("coco_mini", "nuclei", "nasty")
 def test_a_parquet_data_set_gives_the_rows_of_its_files(local_ray: None, predictor: Predictor, tmp_path: Path) -> None:
     names = sorted(path.name for path in (SHARED_DATA / "nuclei" / "images").iterdir())[:20]
     files = {name: (SHARED_DATA / "nuclei" / "images" / name).read_bytes() for name in names}

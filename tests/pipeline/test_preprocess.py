@@ -28,6 +28,7 @@ from tests.pipeline.factories import (
     Pixels,
     coco_content,
     ellipse_polygon,
+    needs_shared_data,
     noise,
     png,
     rle_list,
@@ -173,7 +174,7 @@ NASTY_FILES: dict[str, tuple[int, int, tuple[int, int, int]] | None] = {
 }
 
 
-@pytest.mark.skipif(not NASTY.is_dir(), reason="the collection of odd image files is not there")
+@needs_shared_data("nasty")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", sorted(NASTY_FILES))
 def test_odd_file_from_the_wild(name: str) -> None:
@@ -190,7 +191,7 @@ def test_odd_file_from_the_wild(name: str) -> None:
     np.testing.assert_allclose(image.reshape(-1, 3).mean(axis=0), mean, atol=4)
 
 
-@pytest.mark.skipif(not NASTY.is_dir(), reason="the collection of odd image files is not there")
+@needs_shared_data("nasty")
 def test_every_odd_file_is_listed() -> None:
     assert {path.name for path in NASTY.iterdir()} == {*NASTY_FILES, "README.md"}
 

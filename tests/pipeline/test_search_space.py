@@ -126,7 +126,9 @@ def test_a_bad_space_is_refused_with_the_name(space: dict[str, Any], parts: list
 
 def test_values_that_only_go_together_with_others_of_the_space_are_allowed() -> None:
     """A negative_iou of 0.75 is above the configured positive_iou, but not above those of the space."""
-    parse_space({"model.rpn.negative_iou": {"choice": [0.75]}, "model.rpn.positive_iou": {"choice": [0.8, 0.9]}}, BASE)
+    given = {"model.rpn.negative_iou": {"choice": [0.75]}, "model.rpn.positive_iou": {"choice": [0.8, 0.9]}}
+    space = parse_space(given, BASE)
+    assert {knob.name: list(knob.values) for knob in space.knobs} == {k: v["choice"] for k, v in given.items()}
 
 
 def test_best_possible_iou_by_hand() -> None:
