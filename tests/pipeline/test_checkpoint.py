@@ -12,7 +12,7 @@ import torch
 
 from model.config import BackboneConfig, FpnConfig, ModelConfig
 from model.mask_rcnn import MaskRCNN
-from pipeline import tracking
+from pipeline import mlflow_models
 from pipeline.checkpoint import (
     AVERAGE_FILE,
     DESCRIPTION_FILE,
@@ -414,7 +414,7 @@ def test_id_of_an_mlflow_run_is_looked_up_there(monkeypatch: pytest.MonkeyPatch,
         asked.append((run_id, uri))
         return "/downloaded"
 
-    monkeypatch.setattr(tracking, "download_checkpoint", download)
+    monkeypatch.setattr(mlflow_models, "download_checkpoint", download)
     run_id = "0123456789abcdef" * 2
     assert resolve_checkpoint(run_id, str(tmp_path), "http://127.0.0.1:1") == "/downloaded"
     assert asked == [(run_id, "http://127.0.0.1:1")]
