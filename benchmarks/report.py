@@ -33,16 +33,21 @@ def table_of(report: dict[str, Any]) -> str:
 
 
 def with_tables(readme: str, tables: list[str]) -> str:
-    """README with these tables between the marks.
+    """README with these tables between the marks."""
+    return replace_between(readme, BEGIN, END, "\n\n".join(tables))
+
+
+def replace_between(readme: str, begin: str, end: str, text: str) -> str:
+    """README with this text between two marks.
 
     Raises:
         ValueError: a mark is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{after}"
+    before, found, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"README.md lacks the marks {begin} and {end}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> None:

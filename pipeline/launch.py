@@ -428,6 +428,7 @@ def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> 
         "images_per_second": result.return_value["images_per_second"],
         "step_seconds": {name: round(value, 5) for name, value in result.return_value["step_seconds"].items()},
         "first_batch_seconds": result.return_value["first_batch_seconds"],
+        "peak_memory_megabytes": result.return_value["peak_memory_megabytes"],
         "steps": result.return_value["steps"],
         "stopped": result.return_value["stopped"],
         "seconds": round(seconds, 1),

@@ -1,7 +1,8 @@
-"""Where the time of a step goes: waiting for data, copying, forward, backward, all-reduce, optimiser; sampled."""
+"""Where the time of a step goes (data, copying, forward, backward, all-reduce, optimiser; sampled), and memory."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -116,6 +117,13 @@ class StepLedger:
             self._of_step.clear()
             self._samples += 1
         self._forward_ended = None
+
+
+def peak_memory_megabytes(device: torch.device) -> float:
+    """The most that this process has held: tensors on a GPU; on a CPU everything, mapped shards included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _seconds(start: Mark, end: Mark) -> float:

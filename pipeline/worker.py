@@ -39,7 +39,7 @@ from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, 
 from pipeline.freezing import freeze
 from pipeline.gradient_exchange import adds_in_fixed_order, exchange_gradients, pin_arithmetic
 from pipeline.initial_weights import load_initial_weights
-from pipeline.ledger import StepLedger
+from pipeline.ledger import StepLedger, peak_memory_megabytes
 from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
@@ -318,6 +318,7 @@ class Worker:
             "images_per_second": round(self._speed(), 2),
             "step_seconds": self.ledger.means() if self.ledger is not None else {},
             "first_batch_seconds": self.ledger.first_batch_seconds if self.ledger is not None else None,
+            "peak_memory_megabytes": round(peak_memory_megabytes(self.device)),
             "metrics": self.metrics,
             "stopped": self.stopped,
         }

@@ -1,13 +1,15 @@
 """Times of the parts of a step: sampled, complete, and about right."""
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from model.structures import Batch
-from pipeline.ledger import FIRST_SAMPLED, PARTS, SAMPLED_EVERY, StepLedger
+from pipeline.ledger import FIRST_SAMPLED, PARTS, SAMPLED_EVERY, StepLedger, peak_memory_megabytes
 from tests.pipeline.small import small_batch
 
 
@@ -105,3 +107,12 @@ def test_the_first_wait_is_told_apart() -> None:
     assert ledger.first_batch_seconds is not None
     assert ledger.first_batch_seconds >= 0.2
     assert 0.01 <= ledger.means()["seconds_data_wait"] < ledger.first_batch_seconds
+
+
+def test_peak_of_memory_is_at_least_what_is_held_and_in_megabytes() -> None:
+    held = bytearray(150_000_000)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    assert resident > len(held) / 1e6
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+    assert resident <= peak_memory_megabytes(torch.device("cpu")) + 1 < machine
