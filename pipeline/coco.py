@@ -115,9 +115,14 @@ def read_coco_file(source: CocoSource, root: str) -> CocoFile:
         raise UserError(f"{path}: lists no images; nothing can be trained or evaluated on it")
     if not content["categories"]:
         raise UserError(f"{path}: lists no categories")
-    return CocoFile(
-        path, storage.absolute(source.images, root), content["images"], content["annotations"], content["categories"]
-    )
+    images = [{**image, "file_name": file_name_of(image)} for image in content["images"]]
+    return CocoFile(path, storage.absolute(source.images, root), images, content["annotations"], content["categories"])
+
+
+def file_name_of(image: Json) -> Any:
+    """Its file_name; of LVIS's records, which have none, the end of COCO's address: `train2017/NUMBER.jpg`."""
+    name, address = image.get("file_name"), image.get("coco_url")
+    return "/".join(address.split("/")[-2:]) if name is None and isinstance(address, str) else name
 
 
 def unite_classes(files: Sequence[CocoFile]) -> ClassMap:
@@ -170,6 +175,11 @@ def classes_of_source(file: CocoFile, class_map: ClassMap) -> tuple[dict[int, in
 def is_int(value: object) -> TypeGuard[int]:
     """Whether it is a whole number that the shards can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def is_side(value: object) -> TypeGuard[int]:
+    """Whether it can be the height or width of an image."""
+    return is_int(value) and 0 < value < 2**31
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -61,6 +61,11 @@ def evaluated_rows(
     evaluated = []
     for values in shards.read_rows(list(rows)):
         found = predictions.get(values["row"])
+        if found is not None and manifest["kind"] == "shards" and found["image_id"] != values["image_id"]:
+            raise UserError(
+                f"{output}: row {values['row']} is image {found['image_id']} there, and image {values['image_id']} of "
+                "the validation data; these predictions are of other shards"
+            )
         results = [] if found is None else _results(values, found, shards.manifest, class_of)
         evaluated.append(EvaluatedRow(values["row"], values["height"], values["width"], ground_truth(values), results))
     return evaluated
@@ -113,9 +118,20 @@ def match_keys(output: str, shards: ShardSet, say: Say) -> dict[str, int]:
             keys[values["file_name"]] = values["row"]
     errors = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(output, ERRORS_FILE)))).to_pylist()
     failed = {error["key"] for error in errors}
-    predicted: Counter[str] = Counter()
-    for row in read_predictions(output, [part["name"] for part in manifest["parts"]], ["key"]):
-        predicted[row["key"]] += 1
+    predicted: set[str] = set()
+    detected: Counter[str] = Counter()
+    for row in read_predictions(output, [part["name"] for part in manifest["parts"]], ["key", "class_names"]):
+        predicted.add(row["key"])
+        detected.update(row["class_names"])
+    unknown = sorted(set(detected) - set(shards.manifest.class_names))
+    if unknown and len(unknown) == len(detected):
+        raise UserError(
+            f"{output}: predicts {', '.join(unknown[:5])}, and the validation data have none of these classes but "
+            f"{', '.join(shards.manifest.class_names[:5])}"
+        )
+    if unknown:
+        number = sum(detected[name] for name in unknown)
+        say(f"evaluate: {number} detections of classes that the data do not have are left out ({unknown[0]})")
     missing = [key for key in keys if key not in predicted and key not in failed]
     if missing:
         raise UserError(f"{output}: has no prediction of {missing[0]} ({len(missing)} of {len(keys)} images missing)")

@@ -179,7 +179,9 @@ def _lvis(truth: Json, found: Json, kind: Kind, fields: LvisFields) -> dict[str,
         }
         for image in truth["images"]
     ]
-    categories = [{**category, "frequency": fields.frequency[category["id"]]} for category in truth["categories"]]
+    # Classes that other data have brought into the model are none of LVIS's.
+    known = [category for category in truth["categories"] if category["id"] in fields.frequency]
+    categories = [{**category, "frequency": fields.frequency[category["id"]]} for category in known]
     evaluation = _evaluate({**truth, "images": images, "categories": categories}, found, kind, lvis=True)
     counted = evaluation.get_results()
     return {name: float(counted[name]) for name in LVIS_STATISTICS if name in counted}

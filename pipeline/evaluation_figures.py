@@ -37,10 +37,11 @@ def precision_recall(report: Mapping[str, Any]) -> str:
 
 
 def reliability(report: Mapping[str, Any]) -> str:
-    """How often detections of a score are right, and how many have it; empty where there are no detections."""
+    """How often detections of a score are right, and how many have it; empty where no detection counts."""
     from matplotlib.figure import Figure
 
-    if report["segm"]["calibration"] is None:
+    calibrations = [report[kind]["calibration"] for kind in KIND_NAMES]
+    if any(found is None or not any(entry["count"] for entry in found["bins"]) for found in calibrations):
         return ""
     figure = Figure(figsize=(10, 3.6))
     for column, (kind, name) in enumerate(KIND_NAMES.items(), start=1):

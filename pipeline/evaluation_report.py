@@ -73,8 +73,8 @@ def lvis_fields(shards: ShardSet) -> LvisFields | None:
     not_exhaustive: dict[int, list[int]] = {}
     for values in shards.read_rows(range(len(shards))):
         image, known = images[values["source"], values["image_id"]], class_of[values["source"]]
-        negative[values["row"]] = [known[category] for category in image["neg_category_ids"]]
-        not_exhaustive[values["row"]] = [known[c] for c in image.get("not_exhaustive_category_ids", [])]
+        for named, key in ((negative, "neg_category_ids"), (not_exhaustive, "not_exhaustive_category_ids")):
+            named[values["row"]] = [known[category] for category in image.get(key, []) if category in known]
     return LvisFields(negative, not_exhaustive, frequency)
 
 

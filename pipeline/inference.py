@@ -18,10 +18,20 @@ from model.weights import is_import
 from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description, resolve_checkpoint
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
+from pipeline.errors import UserError
 from pipeline.initial_weights import NONE, Say, build_model_from, find_checkpoint
+from pipeline.mlflow_runs import flatten
 from pipeline.preprocess import UInt8Array, decode_image, image_to_rgb
 from pipeline.training import autocast_dtype
 from pipeline.views import Viewing, detect_views, unite, views_of
+
+FREE_IN_INFERENCE = (
+    "weights", "losses.", "detections.", "mask_head.targets", "rpn.nms_threshold", "rpn.pre_nms_top_k",
+    "rpn.proposals_", "rpn.min_size", "rpn.anchors_per_image", "rpn.positive_", "rpn.negative_iou",
+    "roi.rois_per_image", "roi.positive_",
+    "roi.add_ground_truth", "roi.fixed_ratio",
+)  # fmt: skip
+"""Keys of the model that only its training looks at, or that choose among what it finds."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,25 @@ def find_weights(config: ExperimentConfig, checkpoint: str | None) -> str:
     return source if is_import(source) else find_checkpoint(source, config)
 
 
+def _check_same_model(trained: ExperimentConfig, config: ExperimentConfig, reference: str) -> None:
+    """Refuse a model that would compute otherwise than the one that was trained; its weights need not tell.
+
+    Raises:
+        UserError: with the keys that differ.
+    """
+    there, here = (flatten(entry.model_dump(mode="json")["model"]) for entry in (trained, config))
+    different = [
+        f"model.{key} {here.get(key)} (there {there.get(key)})"
+        for key in sorted(there | here)
+        if there.get(key) != here.get(key) and not key.startswith(FREE_IN_INFERENCE)
+    ]
+    if different:
+        raise UserError(
+            f"{reference}: was trained with another model than the configuration's: {', '.join(different[:5])}"
+            f"{' ...' if len(different) > 5 else ''}; take the configuration of its run"
+        )
+
+
 def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[str], say: Say) -> MaskRCNN:
     """The configured model with the weights that `find_weights` found, on the CPU.
 
@@ -118,14 +147,16 @@ def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[s
         say: takes lines for a person to read.
 
     Raises:
-        UserError: weights of another architecture, or a checkpoint of other classes.
+        UserError: weights of another architecture, or a checkpoint of other classes or of another model.
     """
     if is_import(weights):
         model, report = build_model_from(config, weights, class_names)
         for line in report.lines():
             say(line)
         return model
-    check_same_classes(read_description(weights), list(class_names), weights)
+    description = read_description(weights)
+    check_same_classes(description, list(class_names), weights)
+    _check_same_model(description.experiment(), config, weights)
     model = MaskRCNN(config.model, len(class_names) + 1)
     load_judged_state(weights, model)
     return model

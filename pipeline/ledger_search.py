@@ -35,7 +35,9 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record the end; a trial that could not say its own end was lost with its process."""
-        number = self._numbers.pop(trial_id)
+        number = self._numbers.pop(trial_id, None)
+        if number is None:  # told already
+            return
         ray.get(self._ledger.fail.remote(number, PROCESS_LOST))  # without effect where it has ended
         self._ended(ray.get(self._ledger.trials.remote())[number])
 

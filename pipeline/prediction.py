@@ -58,6 +58,7 @@ def predict(config: ExperimentConfig, predictor: Predictor, images: str, output:
     missing = [Part(number, entries) for number, entries in enumerate(plan.parts) if number not in summaries]
     computed = 0
     if missing:
+        storage.delete_file(storage.join(plan.output, MANIFEST_FILE))  # of a part that was whole once, and is gone
         placement = _place(config, len(missing), say)
         most = min(config.predict.num_workers or len(missing), len(missing))
         settings = part_settings(config, predictor, plan)
@@ -105,6 +106,7 @@ def find_plan(config: ExperimentConfig, predictor: Predictor, images: str, outpu
     plan = prediction_plan.resume(place, images_place, run)
     if plan is not None:
         say(f"predict: going on with the plan in {place}: {plan.num_images} images in {len(plan.parts)} parts")
+        _tell_changes(plan, images, config, say)
         return plan
     inputs = list_inputs(images, config.predict)
     if config.predict.tiling is not None and inputs.kind == "shards":
@@ -112,6 +114,20 @@ def find_plan(config: ExperimentConfig, predictor: Predictor, images: str, outpu
     plan = prediction_plan.begin(place, images_place, inputs, config.predict.images_per_part, run)
     say(f"predict: {plan.num_images} images of {images}, in {len(plan.parts)} parts to {place}")
     return plan
+
+
+def _tell_changes(plan: Plan, images: str, config: ExperimentConfig, say: Say) -> None:
+    """Say where there are other images now than were planned; the plan counts."""
+    try:
+        present = {entry.key for entry in list_inputs(images, config.predict).entries}
+    except UserError as error:
+        say(f"warning: predict: the images cannot be listed any more: {error}")
+        return
+    planned = {entry.key for part in plan.parts for entry in part}
+    changes = ((present - planned, "have come since, and are not predicted here"), (planned - present, "are gone"))
+    for names, what in changes:
+        if names:
+            say(f"warning: predict: {len(names)} images {what} ({min(names)}); another --output begins anew")
 
 
 def part_settings(config: ExperimentConfig, predictor: Predictor, plan: Plan) -> PartSettings:
@@ -169,7 +185,7 @@ def _check_budget(config: ExperimentConfig, plan: Plan, summaries: Iterable[Part
     """
     done = list(summaries)
     num_errors = sum(len(summary.errors) for summary in done)
-    if num_errors <= config.predict.max_error_fraction * plan.num_images:
+    if num_errors / plan.num_images <= config.predict.max_error_fraction:
         return
     _write_errors(plan, done)
     kinds = Counter(error.kind for summary in done for error in summary.errors)

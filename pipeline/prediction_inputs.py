@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.coco import is_int
+from pipeline.coco import file_name_of, is_int, is_side
 from pipeline.errors import UserError
 from pipeline.predict_config import PredictSettings
 from pipeline.record_checks import leaves_folder
@@ -98,23 +98,44 @@ def _check_keys(images: str, entries: Iterable[Entry]) -> None:
 def _folder_entries(folder: str, settings: PredictSettings) -> Inputs:
     try:
         present = sorted(storage.list_files(folder))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:  # the latter of a name that is not UTF-8
         raise UserError(f"{folder}: cannot be listed ({error})") from error
     if not present:
         raise UserError(f"{folder}: no such folder, or nothing in it")
     if MANIFEST in present and any(name.startswith("rows-") and name.endswith(".arrow") for name in present):
         return _shard_entries(folder)
-    tables = [name for name in present if name.lower().endswith(TABLE_SUFFIXES)]
-    if tables and settings.pattern is None and not any(name.lower().endswith(IMAGE_SUFFIXES) for name in present):
-        return Inputs("table", list(_table_entries([(storage.join(folder, name), name) for name in tables], settings)))
+    tables = _chosen(present, TABLE_SUFFIXES, settings.pattern)
     if settings.pattern is None:
-        chosen = [name for name in present if name.lower().endswith(IMAGE_SUFFIXES)]
+        chosen = _chosen(present, IMAGE_SUFFIXES, None)
+        if tables and chosen:
+            raise UserError(
+                f"{folder}: holds tables ({tables[0]}) and images ({chosen[0]}); "
+                "say which with --predict.pattern, such as '*.parquet'"
+            )
     else:
-        chosen = [name for name in present if fnmatch.fnmatchcase(name, settings.pattern)]
+        chosen = _chosen(present, ("",), settings.pattern)
+        if tables and len(tables) < len(chosen):
+            other = next(name for name in chosen if name not in set(tables))
+            raise UserError(
+                f"{folder}: --predict.pattern {settings.pattern} matches tables ({tables[0]}) and other files ({other})"
+            )
+    if tables:
+        return Inputs("table", list(_table_entries([(storage.join(folder, name), name) for name in tables], settings)))
     if not chosen:
         wanted = f"matches {settings.pattern}" if settings.pattern else "has the suffix of an image format"
         raise UserError(f"{folder}: none of {len(present)} files {wanted}; see --predict.pattern")
     return Inputs("files", [Entry(name, storage.join(folder, name)) for name in chosen])
+
+
+def _chosen(names: Iterable[str], suffixes: tuple[str, ...], pattern: str | None) -> list[str]:
+    """Names with one of the suffixes that a pattern matches; `**/` at its beginning means the folder itself, too."""
+    patterns = () if pattern is None else (pattern, pattern.removeprefix("**/"))
+    return [
+        name
+        for name in names
+        if name.lower().endswith(suffixes)
+        and (pattern is None or any(fnmatch.fnmatchcase(name, one) for one in patterns))
+    ]
 
 
 def _parent(path: str) -> str:
@@ -140,18 +161,22 @@ def _coco_entries(path: str, settings: PredictSettings) -> Inputs:
         raise UserError(f"{path}: no list of objects named 'images'; expected the COCO format")
     folder = _images_folder(path, settings)
     entries = []
+    seen: set[int] = set()
     for image in listed:
-        name, image_id = (image.get("file_name"), image.get("id")) if isinstance(image, dict) else (None, None)
+        name, image_id = (file_name_of(image), image.get("id")) if isinstance(image, dict) else (None, None)
         if not isinstance(name, str) or not name or leaves_folder(name) or not is_int(image_id):
             raise UserError(f"{path}: image {image!r:.100} needs an integer id and a file_name inside its folder")
-        height, width = (image.get(side) if is_int(image.get(side)) else None for side in ("height", "width"))
+        if image_id in seen:
+            raise UserError(f"{path}: two images have the id {image_id}; each needs one of its own")
+        seen.add(image_id)
+        height, width = (image[side] if is_side(image.get(side)) else None for side in ("height", "width"))
         known = height is not None and width is not None
         entries.append(
             Entry(name, storage.join(folder, name), -1, image_id, height if known else None, width if known else None)
         )
     categories = {
         category["name"]: category["id"]
-        for category in content.get("categories", [])
+        for category in content.get("categories") or []
         if isinstance(category, dict) and isinstance(category.get("name"), str) and is_int(category.get("id"))
     }
     return Inputs("files", entries, categories or None)
@@ -206,7 +231,7 @@ def _open(path: str) -> Any:
 def table_columns(path: str) -> list[str]:
     """Names of the columns of a Parquet or Arrow IPC file."""
     with _open(path) as file:
-        schema = pq.ParquetFile(file).schema_arrow if _is_parquet(path) else pa.ipc.open_file(file).schema
+        schema = pq.ParquetFile(file).schema_arrow if _is_parquet(path) else _open_ipc(file).schema
         return list(schema.names)
 
 
@@ -215,8 +240,22 @@ def num_rows(path: str) -> int:
     with _open(path) as file:
         if _is_parquet(path):
             return int(pq.ParquetFile(file).metadata.num_rows)
-        reader = pa.ipc.open_file(file)
-        return sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+        return sum(batch.num_rows for batch in _batches(_open_ipc(file)))
+
+
+def _open_ipc(file: Any) -> Any:
+    """Reader of Arrow IPC in its file format, or in its stream format, which the Hugging Face library writes."""
+    try:
+        return pa.ipc.open_file(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        return pa.ipc.open_stream(file)
+
+
+def _batches(reader: Any) -> Iterator[Any]:
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        return (reader.get_batch(index) for index in range(reader.num_record_batches))
+    return iter(reader)
 
 
 def read_column(path: str, column: str, first: int = 0, last: int | None = None) -> list[Any]:
@@ -227,7 +266,9 @@ def read_column(path: str, column: str, first: int = 0, last: int | None = None)
         for size, batches in _pieces(path, file, column):
             start, end = seen, seen + size
             seen = end
-            if end <= first or (last is not None and start >= last):
+            if last is not None and start >= last:
+                break
+            if end <= first:
                 continue
             for batch in batches():
                 stop = start + len(batch)
@@ -235,6 +276,8 @@ def read_column(path: str, column: str, first: int = 0, last: int | None = None)
                 if until > max(first, start):
                     values += batch.slice(max(first - start, 0), until - max(first, start)).to_pylist()
                 start = stop
+                if last is not None and stop >= last:
+                    break
     return values
 
 
@@ -250,7 +293,5 @@ def _pieces(path: str, file: Any, column: str) -> Iterator[tuple[int, Any]]:
                 ),
             )
         return
-    reader = pa.ipc.open_file(file)
-    for index in range(reader.num_record_batches):
-        batch = reader.get_batch(index)
+    for batch in _batches(_open_ipc(file)):
         yield batch.num_rows, lambda batch=batch: [batch.column(batch.schema.get_field_index(column))]

@@ -239,6 +239,8 @@ def encode_images(
             if settings.pictures.wanted:
                 write_pictures(settings.output, entry, row, settings.kind, settings.bytes_column, settings.pictures)
             results.append((image.index, row))
+        except OSError:  # a full disk, a bucket that is away: not the image's fault, so the part is tried again
+            raise
         except Exception as error:
             reason = f"its detections cannot be written ({type(error).__name__}: {last_line(error)})"
             results.append(failed_image(image.index, entry, "model_error", reason))

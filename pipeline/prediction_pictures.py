@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,8 @@ from pipeline.record_checks import leaves_folder
 from pipeline.report import draw_objects
 
 OVERLAYS, CUTOUTS = "overlays", "cutouts"
+LONGEST_NAME = 180
+"""Of a name in letters, so that with its suffix and while it is written it stays below the 255 of file systems."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,30 @@ def write_pictures(
 
 
 def picture_name(key: str) -> str:
-    """A key as a path below a folder; one that would leave it becomes a single plain name."""
-    return quote(key, safe="" if leaves_folder(key) or key.startswith(".") else "/")
+    """A key as a path below a folder; one that would leave it becomes a single plain name, a long one is cut."""
+    parts = [key] if leaves_folder(key) or key.startswith(".") else key.split("/")
+    return "/".join(_plain_name(part) for part in parts)
+
+
+def _plain_name(part: str) -> str:
+    name = quote(part, safe="")
+    if not name.strip("."):  # "." and ".." are folders
+        return name.replace(".", "%2E")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(part.encode()).hexdigest()[:16]}"
 
 
 def _shown(row: Mapping[str, Any], score: float) -> list[int]:
     return [index for index, value in enumerate(row["scores"]) if value >= score]
 
 
-def _masks(row: Mapping[str, Any], shown: list[int]) -> Any:
+def _masks(row: Mapping[str, Any], shown: list[int]) -> Iterator[Any]:
+    """One at a time: a hundred masks of a large image would not fit into memory."""
     from pycocotools import mask as coco_mask
 
-    masks = np.zeros((len(shown), row["height"], row["width"]), dtype=bool)
-    for mask, index in zip(masks, shown, strict=True):
-        mask[:] = coco_mask.decode(rle(row, index))
-    return masks
+    for index in shown:
+        yield np.asarray(coco_mask.decode(rle(row, index)), dtype=bool)
 
 
 def overlay(image: UInt8Array, row: Mapping[str, Any], score: float) -> bytes:

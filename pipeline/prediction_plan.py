@@ -104,6 +104,10 @@ def begin(output: str, images: str, inputs: Inputs, images_per_part: int, run: d
         "num_images": len(inputs.entries),
         "num_parts": len(parts),
         "plan_sha256": hashlib.sha256(content).hexdigest(),
+        "tables": {
+            path: storage.stamp(path)
+            for path in (sorted({entry.path for entry in inputs.entries}) if inputs.kind == "table" else ())
+        },
         **run,
     }
     storage.write_bytes(storage.join(output, RUN_FILE), json.dumps(written, indent=1).encode())
@@ -128,6 +132,12 @@ def resume(output: str, images: str, run: dict[str, Any]) -> Plan | None:
         raise UserError(
             f"{output}: was begun otherwise: {'; '.join(differences)}. Take the change back, or choose another --output"
         )
+    for table, stamp in before.get("tables", {}).items():
+        if storage.stamp(table) not in (stamp, None):
+            raise UserError(
+                f"{table}: was written again since {output} was begun, and the plan names its rows by their numbers; "
+                "choose another --output"
+            )
     plan_path = storage.join(output, PLAN_FILE)
     try:
         content = storage.read_bytes(plan_path)

@@ -21,6 +21,7 @@ from pipeline.coco import (
     is_finite,
     is_int,
     is_number,
+    is_side,
 )
 from pipeline.config import PolicySettings
 from pipeline.problems import Level, Problem, Quarantined, quarantined
@@ -198,7 +199,7 @@ def _image_problem(image: Json, images: dict[int, Json]) -> tuple[str | None, st
         value = image.get(key)
         if is_number(value) and not is_finite(value):
             return "non_finite_number", f"image {image_id} ({name}): {key} is {value!r}, expected a positive integer"
-        if not is_int(value) or not 0 < value < 2**31:
+        if not is_side(value):
             return "malformed_record", f"image {image_id} ({name}): {key} is {value!r}, expected a positive integer"
     return None, ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _MARGIN = 4
 
 def draw_objects(
     image: UInt8Array,
-    masks: npt.NDArray[np.bool_],
+    masks: Iterable[npt.NDArray[np.bool_]],
     boxes: npt.NDArray[np.float32],
     labels: Sequence[str],
     colours: Sequence[int],
@@ -36,16 +36,17 @@ def draw_objects(
 
     Args:
         image: (H, W, 3) RGB.
-        masks: (N, H, W); N may be 0.
+        masks: N of (H, W); N may be 0.
         boxes: (N, 4) xyxy in pixels of the image.
         labels: N texts.
         colours: N numbers; equal ones get the same colour.
     """
-    shown = image.astype(np.float32)
+    shown = image.copy()
     for mask, colour in zip(masks, colours, strict=True):
-        shown[mask] = 0.5 * shown[mask] + 0.5 * np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.float32)
-    factor = max(1, -(-MIN_PICTURE_SIDE // min(image.shape[:2])))
-    picture = Image.fromarray(shown.astype(np.uint8))
+        shown[mask] = (shown[mask].astype(np.uint16) + np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.uint16)) // 2
+    height, width = image.shape[:2]
+    factor = max(1, min(-(-MIN_PICTURE_SIDE // min(height, width)), MAX_PICTURE_SIDE // max(height, width)))
+    picture = Image.fromarray(shown)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     for box, label, colour in zip(boxes, labels, colours, strict=True):

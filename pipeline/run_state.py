@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.root",  # where the same data lie is checked by their digest
     "data.shards",
     "data.object_store_megabytes",
+    "data.verify_shards",
     "run.",
     "predict.",
 )

@@ -54,7 +54,9 @@ def next_point(
                 return point
         if not space.is_finite and number >= len(start_points):
             return point  # repeats a point that is all but one of infinitely many
-    return next((point for point in space.points() if point_key(point) not in known), None) if space.is_finite else None
+    if not space.is_finite:
+        return None
+    return next((point for point in space.all_points() if point_key(point) not in known), None)
 
 
 def _given(space: Space, start_points: Sequence[Mapping[str, Any]], number: int) -> Iterator[Mapping[str, Any]]:
@@ -68,7 +70,7 @@ def _given(space: Space, start_points: Sequence[Mapping[str, Any]], number: int)
 def _ask(space: Space, settings: SweepSettings, given: Mapping[str, Any], tried: Sequence[Tried], seed: int) -> Point:
     import optuna
 
-    study = study_of(space, tried, settings.mode)
+    study = study_of(space, tried, settings.larger_is_better)
     seed %= 2**32
     if settings.search == "tpe":
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
@@ -79,12 +81,12 @@ def _ask(space: Space, settings: SweepSettings, given: Mapping[str, Any], tried:
     return {knob.name: _decode(knob, drawn[knob.name]) for knob in space.knobs}
 
 
-def study_of(space: Space, tried: Sequence[Tried], mode: str) -> optuna.Study:
+def study_of(space: Space, tried: Sequence[Tried], larger_is_better: bool) -> optuna.Study:
     """An Optuna study of the trials so far; failed ones are left out."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
+    study = optuna.create_study(direction="maximize" if larger_is_better else "minimize")
     distributions = _distributions(space)
     states = optuna.trial.TrialState
     for entry in tried:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ Point = dict[str, Any]
 LISTED, RANGES = ("choice", "grid"), ("uniform", "loguniform", "integer")
 ANCHOR_KNOBS = ("model.anchors.scales", "model.anchors.ratios")
 ADVISED = "advised"
+MOST_LISTED = 100_000  # values of a range of whole numbers, and points of a space
 KEYS_OF_SHARDS = ("data.", "augment.short_side", "augment.short_side_step", "augment.large_scale_jitter")
 NOT_OF_SHARDS = (
     "data.shuffle_window",
@@ -62,6 +63,13 @@ class Knob:
         """Values that stand for all of them: a list's own; both ends of a range."""
         return self.values if self.is_listed else (self.low, self.high)
 
+    def all_values(self) -> Sequence[Any] | None:
+        """Its values, in order; None where they are too many to list."""
+        if self.is_listed:
+            return self.values
+        few = self.kind == "integer" and self.high - self.low < MOST_LISTED
+        return range(int(self.low), int(self.high) + 1) if few else None
+
     def __str__(self) -> str:
         shown = (ADVISED if self.is_advised else list(self.values)) if self.is_listed else [self.low, self.high]
         return f"{self.kind} {shown}"
@@ -74,9 +82,22 @@ class Space:
     knobs: tuple[Knob, ...]
 
     @property
+    def num_points(self) -> int | None:
+        """How many there are; None where they are too many to list."""
+        values = [knob.all_values() for knob in self.knobs]
+        number = math.prod(len(listed) for listed in values if listed is not None)
+        return number if None not in values and number <= MOST_LISTED else None
+
+    @property
     def is_finite(self) -> bool:
         """Whether all points can be listed."""
-        return all(knob.is_listed for knob in self.knobs)
+        return self.num_points is not None
+
+    def all_points(self) -> Iterator[Point]:
+        """All points of a finite space, the last knob changing fastest."""
+        names = [knob.name for knob in self.knobs]
+        for values in itertools.product(*(knob.all_values() or () for knob in self.knobs)):
+            yield dict(zip(names, values, strict=True))
 
     def points(self, kinds: Sequence[str] = LISTED) -> list[Point]:
         """All combinations of the values of the listed knobs of these kinds, the last knob changing fastest."""

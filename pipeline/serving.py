@@ -9,7 +9,6 @@ ever unpickled. `mlflow models serve -m models:/NAME/VERSION --env-manager local
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,8 +75,9 @@ def _file_of(image: Any) -> bytes:
     if not isinstance(image, str):
         raise ImageProblem(f"is neither bytes nor base64 but {type(image).__name__}")
     try:
-        return base64.b64decode(image.partition("base64,")[2] or image, validate=True)  # data URLs too
-    except binascii.Error as error:
+        text = image.partition("base64,")[2] or image  # data URLs too
+        return base64.b64decode("".join(text.split()), validate=True)  # lines, as encoders wrap them
+    except ValueError as error:  # binascii.Error, or letters that are not ASCII
         raise ImageProblem(f"is no base64 ({error})") from error
 
 

@@ -29,7 +29,9 @@ from pipeline.search_space import (
 )
 from pipeline.sweep_config import SweepSettings
 
-SHARED_KEYS = ("run.", "scaling.", "checkpoints.", "data.root", "data.shards", "data.verify_shards")
+SHARED_KEYS = (
+    "run.", "scaling.", "checkpoints.", "data.root", "data.shards", "data.verify_shards", "data.synthetic", "predict.",
+)  # fmt: skip
 """What all trials of a sweep have in common."""
 THRESHOLD_KNOBS = (
     "model.rpn.nms_threshold",
@@ -45,6 +47,7 @@ THRESHOLD_KNOBS = (
 )
 """What can be varied without training (`model.variants.VARIABLE_KEYS`)."""
 MAX_COMBINATIONS = 256
+MAX_VALUES = 100  # of a range of whole numbers, evenly picked, that are looked at one by one
 
 
 def parse_space(settings: Mapping[str, Any], experiment: ExperimentConfig) -> Space:
@@ -148,7 +151,7 @@ def check_space(space: Space, experiment: ExperimentConfig) -> None:
     for knob in known.knobs:
         if knob.name == "model.anchors.scales":
             _check_anchor_lists(knob)
-        for value in knob.corners():
+        for value in _some_values(knob):
             _check_alone(knob, value, experiment)
         if knob.kind in ("uniform", "loguniform"):
             _check_alone(knob, knob.low + (knob.high - knob.low) / math.pi, experiment)  # no whole number
@@ -158,6 +161,14 @@ def check_space(space: Space, experiment: ExperimentConfig) -> None:
         except ValidationError as error:
             raise ConfigurationError(f"sweep.space: {show_point(point)}: {explain_validation(error)}") from error
         _check_anchors(config, point)
+
+
+def _some_values(knob: Knob) -> Sequence[Any]:
+    """Its values, or of many some with the ends: a key may allow 18 and 50, and nothing between them."""
+    values = knob.all_values()
+    if values is None or len(values) <= MAX_VALUES:
+        return values or knob.corners()
+    return [*values[:: -(-len(values) // MAX_VALUES)], values[-1]]
 
 
 def _check_alone(knob: Knob, value: Any, experiment: ExperimentConfig) -> None:
@@ -216,15 +227,28 @@ def best_possible_iou(scale: float, ratio: float, canvas: tuple[int, int]) -> fl
 
 
 def combinations(space: Space) -> Iterator[Point]:
-    """Combinations of the knobs' corners, all of them or some evenly drawn ones; the first of a sweep's checks."""
+    """Combinations of the knobs' corners: all of them, or the extremes of every two knobs and some drawn ones."""
     corners = [knob.corners() for knob in space.knobs]
     names = [knob.name for knob in space.knobs]
     if math.prod(map(len, corners)) <= MAX_COMBINATIONS:
         yield from (dict(zip(names, values, strict=True)) for values in itertools.product(*corners))
         return
     draws = random.Random(0)
-    for _ in range(MAX_COMBINATIONS):
-        yield {name: draws.choice(values) for name, values in zip(names, corners, strict=True)}
+    pairs = [
+        {one.name: first, other.name: second}
+        for one, other in itertools.combinations(space.knobs, 2)
+        for first, second in itertools.product(_extremes(one), _extremes(other))
+    ]
+    for pair in [*pairs, *[{}] * (MAX_COMBINATIONS - len(pairs))]:
+        yield {name: draws.choice(values) for name, values in zip(names, corners, strict=True)} | pair
+
+
+def _extremes(knob: Knob) -> list[Any]:
+    """The smallest and the largest of its numbers; of other values the first and the last."""
+    values = knob.corners()
+    if all(isinstance(value, int | float) for value in values):
+        return [min(values), max(values)]
+    return [values[0], values[-1]]
 
 
 def check_search(space: Space, settings: SweepSettings) -> None:

@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Iterable
 from functools import lru_cache
+from urllib.parse import unquote
 
 from pyarrow import fs as arrow_fs
 
 from pipeline.errors import UserError
 
 _BUCKETS = ("s3", "gs", "gcs")
+_FILE_SCHEME = "file://"
 COPY_BYTES = 4 * 1024 * 1024
 
 
@@ -22,13 +24,21 @@ def is_url(path: str) -> bool:
 
 
 def absolute(path: str, root: str = ".") -> str:
-    """Absolute form of a path or URL; a relative one lies below root."""
+    """Absolute form of a path or URL; a relative one lies below root, and `file://` becomes the path that it names."""
+    path, root = _local_path(path), _local_path(root)
     if is_url(path):
         return path
     path = os.path.expanduser(path)
     if is_url(root) and not os.path.isabs(path):
         return join(root, path)
     return os.path.abspath(os.path.join(os.path.expanduser(root), path))
+
+
+def _local_path(path: str) -> str:
+    """Without `file://`, so that a local folder is one, however it is named; anything else as it is."""
+    if not path.startswith(_FILE_SCHEME):
+        return path
+    return unquote(path.removeprefix(_FILE_SCHEME).removeprefix("localhost"))
 
 
 def join(folder: str, name: str) -> str:
@@ -107,6 +117,17 @@ def write_pieces(path: str, pieces: Iterable[bytes]) -> None:
             os.remove(partial)
 
 
+def stamp(path: str) -> str | None:
+    """What changes when a file is written, size and time; None where there is none."""
+    filesystem, inner = open_filesystem(path)
+    info = filesystem.get_file_info(inner)
+    return _stamp(info) if info.type == arrow_fs.FileType.File else None
+
+
+def _stamp(info: arrow_fs.FileInfo) -> str:
+    return f"{info.size} {info.mtime_ns}"
+
+
 def delete_file(path: str) -> None:
     """Remove a file; nothing where there is none."""
     filesystem, inner = open_filesystem(path)
@@ -150,7 +171,7 @@ def list_stamps(folder: str) -> dict[str, str]:
     selector = arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True)
     prefix = len(inner.rstrip("/")) + 1
     return {
-        info.path[prefix:]: f"{info.size} {info.mtime_ns}"
+        info.path[prefix:]: _stamp(info)
         for info in filesystem.get_file_info(selector)
         if info.type == arrow_fs.FileType.File
     }

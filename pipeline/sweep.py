@@ -32,7 +32,7 @@ from pipeline.sweep_resources import check_disk, disk_bytes, trial_placement
 from pipeline.sweep_result import conclude, record_trial
 from pipeline.sweep_state import begin_parent, read_json, write_result
 from pipeline.tracking import NAMESPACE
-from pipeline.trial import SweepOfTrials, run_trial
+from pipeline.trial import SweepOfTrials, explain, run_trial
 from pipeline.trials import Ledger, Trial
 
 Say = Callable[[str], None]
@@ -63,7 +63,7 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     candidates = read_advice(checked[0][1].folder)
     space = with_advice(space, candidates, base)
     starts = start_points(config, space, candidates)
-    number, placement = share_cluster(config, say)
+    number, placement = share_cluster(config, space, say)
     num_classes = read_manifest(next(iter(data.values())).training).num_classes
     check_disk(folder, disk_bytes(base, space, config.sweep, number, num_classes), say)
     num_workers = config.scaling.num_workers
@@ -83,7 +83,10 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     )
 
     def record(trial: Trial) -> None:
-        record_trial(trial, trials_have, parent, config.sweep.objective, say)
+        try:
+            record_trial(trial, trials_have, parent, config.sweep.objective, say)
+        except Exception as error:  # the trial is on disk; what MLflow lacks of it must not end the others
+            say(f"warning: {trial.name} could not be recorded in MLflow ({explain(error)})")
 
     status = "FAILED"
     try:
@@ -107,10 +110,11 @@ def concurrent_trials(config: SweepConfig) -> int:
     if config.sweep.max_concurrent_trials is not None:
         return config.sweep.max_concurrent_trials
     cores = cluster.local_cpus() - cluster.MIN_CPUS_FOR_DATA
-    return max(1, cores // (config.scaling.num_workers * config.scaling.cpus_per_worker))
+    fit = cores // (config.scaling.num_workers * config.scaling.cpus_per_worker)
+    return max(1, min(fit, config.sweep.max_trials))
 
 
-def share_cluster(config: SweepConfig, say: Say) -> tuple[int, Placement]:
+def share_cluster(config: SweepConfig, space: Space, say: Say) -> tuple[int, Placement]:
     """How many trials run at once, and what the workers of each get.
 
     Raises:
@@ -119,7 +123,8 @@ def share_cluster(config: SweepConfig, say: Say) -> tuple[int, Placement]:
     alone = cluster.place_workers(config.scaling, say)
     check_at_start(config.base(), say)
     nodes = cluster.capacity().nodes
-    return trial_placement(nodes, config.scaling.num_workers, alone, config.sweep.max_concurrent_trials)
+    most = min(config.sweep.max_trials, space.num_points or config.sweep.max_trials)
+    return trial_placement(nodes, config.scaling.num_workers, alone, config.sweep.max_concurrent_trials, most)
 
 
 def read_advice(folder: str) -> list[dict[str, Any]]:

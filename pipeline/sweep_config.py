@@ -18,12 +18,16 @@ OBJECTIVES = (
     "gradient_norm", "learning_rate", "images_per_second", "data_wait_fraction",
 )  # fmt: skip
 """Metrics that a training logs; of those of a step, an evaluation is judged by the latest."""
+SMALL_IS_GOOD = (
+    "loss", "rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss",
+    "gradient_norm", "data_wait_fraction",
+)  # fmt: skip
 
 
 class SweepSettings(Config):
     """What is varied, how the next values are chosen, how good a trial is, and when to stop."""
 
-    space: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - pydantic copies defaults
+    space: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies defaults
     """Knobs by dotted name: {choice: [...]}, {grid: [...]}, {uniform|loguniform|integer: [low, high]}."""
     start_points: tuple[dict[str, Any], ...] = ()
     """Points that are tried first; knobs that one leaves out are drawn."""
@@ -39,8 +43,8 @@ class SweepSettings(Config):
     """Of the trials that asha compares, one in so many goes on, to so many times as many evaluations."""
     objective: str = "segm_AP"
     """Logged metric that trials are judged by; a trial counts with its best evaluation."""
-    mode: Literal["max", "min"] = "max"
-    """Whether a large or a small objective is good."""
+    mode: Literal["max", "min"] | None = None
+    """Whether a large or a small objective is good; null: a small one of losses and waiting, else a large one."""
     early_objective: str | None = None
     """Metric that asha compares by at first instead (a large one is good), such as rpn_AR_100; null: the objective."""
     early_evaluations: PositiveInt = 1
@@ -60,11 +64,18 @@ class SweepSettings(Config):
     checkpoint: str | None = None
     """Vary thresholds of this checkpoint (folder, run or MLflow id) without training; null: train each trial."""
 
+    @property
+    def larger_is_better(self) -> bool:
+        """What `mode` comes to."""
+        return self.mode == "max" or (self.mode is None and self.objective not in SMALL_IS_GOOD)
+
     @model_validator(mode="after")
     def _objectives_are_logged(self) -> Self:
         for name, value in (("objective", self.objective), ("early_objective", self.early_objective)):
             if value is not None and value not in OBJECTIVES:
                 raise ValueError(f"{name} {value}: no metric of that name is logged; there are {', '.join(OBJECTIVES)}")
+        if self.early_objective in SMALL_IS_GOOD:
+            raise ValueError(f"early_objective {self.early_objective}: a large one has to be good, such as rpn_AR_100")
         return self
 
     @model_validator(mode="after")

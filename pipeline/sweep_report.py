@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.search import Tried, study_of
 from pipeline.search_space import Knob, Point, Space, label
 from pipeline.sweep_config import SweepSettings
-from pipeline.trials import Trial, ranked
+from pipeline.trials import Trial, known_numbers, ranked
 
 MAX_LINES = 30
 COLOURS = {"finished": "tab:blue", "stopped": "tab:orange", "failed": "tab:red", "running": "tab:gray"}
@@ -58,7 +58,7 @@ def _column_value(knob: Knob, value: Any) -> Any:
 def best_evaluation(trial: Trial, settings: SweepSettings) -> dict[str, float]:
     """Metrics of the evaluation that a trial counts with; empty where there is none."""
     judged = [entry for entry in trial.evaluations if settings.objective in entry]
-    sign = 1.0 if settings.mode == "max" else -1.0
+    sign = 1.0 if settings.larger_is_better else -1.0
     return max(judged, key=lambda entry: sign * entry[settings.objective], default={})
 
 
@@ -120,7 +120,7 @@ def draw_objective(trials: Sequence[Trial], settings: SweepSettings) -> bytes:
         if value is not None:
             axes.plot([trial.number], [value], color=colour, marker="o", markersize=7, linestyle="none")
             before = best[-1][1] if best else value
-            best.append((trial.number, max(before, value) if settings.mode == "max" else min(before, value)))
+            best.append((trial.number, max(before, value) if settings.larger_is_better else min(before, value)))
     if best:
         axes.step(*zip(*best, strict=True), where="post", color="black", linewidth=1, label="best so far")
     low = axes.get_ylim()[0]
@@ -204,7 +204,12 @@ def importances(trials: Sequence[Trial], space: Space, settings: SweepSettings) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        found = optuna.importance.get_param_importances(study_of(space, tried, settings.mode), evaluator=evaluator)
+        try:
+            found = optuna.importance.get_param_importances(
+                study_of(space, tried, settings.larger_is_better), evaluator=evaluator
+            )
+        except RuntimeError:  # of trials of one and the same point, which differ by chance alone
+            return {}
     return {name: float(share) for name, share in found.items()}
 
 
@@ -245,6 +250,6 @@ def _png(figure: Any) -> bytes:
 def points_as_trials(points: Sequence[Point], metrics: Sequence[dict[str, float]]) -> list[Trial]:
     """Points of a sweep without training in the form of trials, each evaluated once."""
     return [
-        Trial(number, point, "finished", evaluations=[dict(values)])
+        Trial(number, point, "finished", evaluations=[known_numbers(values)])
         for number, (point, values) in enumerate(zip(points, metrics, strict=True))
     ]

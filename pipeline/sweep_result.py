@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline import run_state, storage
 from pipeline.checkpoint_store import CheckpointStore, local_folder
@@ -33,13 +34,16 @@ def record_trial(trial: Trial, sweep: SweepOfTrials, parent: Parent, objective: 
 
     Where MLflow was away, what the trial has left for it is delivered first.
     """
-    config = sweep.config_of(trial.number, trial.point)
     folder = storage.join(sweep.folder, trial.name)
-    run_id = deliver_the_rest(config, folder, say, seconds=0)
+    try:
+        config = sweep.config_of(trial.number, trial.point)
+    except ValidationError:  # why it failed: values that do not go together
+        run_id, parameters = None, flatten(trial.point)
+    else:
+        run_id, parameters = deliver_the_rest(config, folder, say, seconds=0), flatten(config.model_dump(mode="json"))
     if run_id is None:  # it ended on another machine, or before it began to record
         state = run_state.read_run(folder)
         known = state.mlflow_run_id if state is not None else None
-        parameters = flatten(config.model_dump(mode="json"))
         run_id = parent.record.begin(known, trial.name, folder, parameters, parent.run_id)
         if run_id is None:
             return
@@ -75,8 +79,9 @@ def conclude(
     counts = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
     best_first = ranked(trials, settings)
     if not best_first:
-        reasons = sorted({str(trial.reason) for trial in trials})
-        raise UserError(f"none of {len(trials)} trials reached anything: {'; '.join(reasons[:3])}")
+        reasons = sorted({trial.reason for trial in trials if trial.reason is not None})
+        missing = f"no evaluation has a {settings.objective}; do the validation data have such objects?"
+        raise UserError(f"none of {len(trials)} trials reached anything: {'; '.join(reasons[:3]) or missing}")
     best = best_first[0]
     text = best_yaml(config, best)
     storage.write_bytes(storage.join(folder, BEST_FILE), text.encode())
@@ -92,7 +97,9 @@ def conclude(
     }
     checkpoint = best_checkpoint(CheckpointStore(storage.join(folder, best.name)).list())
     if checkpoint is not None:
-        summary["checkpoint"] = checkpoint.path
+        reached = checkpoint.description.metrics.get(settings.objective)
+        summary["checkpoint"] = checkpoint.path  # a run keeps those of the best mask AP, whatever a sweep looks at
+        summary["checkpoint_objective"] = round(reached, 4) if reached is not None else None
     if parent.run_id is not None:
         parent.record.log_files(parent.run_id, files_of_conclusion(config, space, trials, text))
         if checkpoint is not None:

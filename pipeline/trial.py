@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.command_line import say
+from pydantic import ValidationError
+
+from pipeline.command_line import explain_validation, say
 from pipeline.config import ExperimentConfig, RunSettings
 from pipeline.errors import UserError
 from pipeline.launch import TrialOfSweep, finished_summary, train
@@ -99,5 +101,7 @@ def explain(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return explain(cause)
+    if isinstance(error, ValidationError):
+        return explain_validation(error)
     lines = str(error).strip().splitlines() or ["no message"]
     return lines[-1].strip() if isinstance(error, UserError) else f"{type(error).__name__}: {lines[-1].strip()}"

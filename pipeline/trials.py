@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class Trial:
         values = [entry[settings.objective] for entry in self.evaluations if settings.objective in entry]
         if self.state == "failed" or not values:
             return None
-        return max(values) if settings.mode == "max" else min(values)
+        return max(values) if settings.larger_is_better else min(values)
 
 
 def trial_name(number: int) -> str:
@@ -145,8 +145,8 @@ class Ledger:
         for trial in self._trials:
             if trial.state == "running" and trial.number not in self._given_out:
                 return self._give_out(trial, "goes on" if trial.evaluations else "begins again")
-        if len(self._trials) >= self._settings.max_trials or self.spent() is not None:
-            return None
+        if len(self._trials) >= self._settings.max_trials or (self._trials and self.spent() is not None):
+            return None  # however small the budget, one trial shows what it would take
         tried = [Tried(t.point, t.value(self._settings), t.state == "running") for t in self._trials]
         point = next_point(self._space, self._settings, self._start_points, tried)
         if point is None:
@@ -170,7 +170,7 @@ class Ledger:
         """
         trial = self._trials[number]
         before = [entry for entry in trial.evaluations if entry["step"] < step]
-        numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        numbers = known_numbers(metrics)
         trial.evaluations = [*before, {**numbers, "step": step, "epoch": epoch}]
         self._count(trial)
         if not is_last:
@@ -228,7 +228,7 @@ class Ledger:
             return None
         early = settings.early_objective is not None and evaluation <= settings.early_evaluations
         metric = settings.early_objective if early and settings.early_objective else settings.objective
-        sign = 1.0 if early or settings.mode == "max" else -1.0
+        sign = 1.0 if early or settings.larger_is_better else -1.0
         values = {
             other.number: sign * other.evaluations[evaluation - 1][metric]
             for other in self._trials
@@ -290,9 +290,19 @@ class Ledger:
         storage.write_bytes(storage.join(self._folder, HOURS_FILE), json.dumps(self._hours()).encode())
 
 
+def known_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that say something: finite ones, without the -1 of an AP of objects that the data do not have."""
+    is_average = ("bbox_", "segm_", "rpn_AR")
+    return {
+        name: value
+        for name, value in metrics.items()
+        if math.isfinite(value) and not (name.startswith(is_average) and value < 0)
+    }
+
+
 def ranked(trials: Sequence[Trial], settings: SweepSettings) -> list[Trial]:
     """Trials that reached something, the best first, of equals the earliest."""
-    sign = -1.0 if settings.mode == "max" else 1.0
+    sign = -1.0 if settings.larger_is_better else 1.0
     values = {trial.number: trial.value(settings) for trial in trials}
     reached = [trial for trial in trials if values[trial.number] is not None]
     return sorted(reached, key=lambda trial: (sign * (values[trial.number] or 0.0), trial.number))

@@ -1,6 +1,7 @@
 """Predictions that were written before are evaluated as if the model had just made them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from model.masks import encode_detections
 from pipeline.config import ExperimentConfig
-from pipeline.earlier_predictions import match_keys, read_manifest
+from pipeline.earlier_predictions import evaluated_rows, match_keys, read_manifest
 from pipeline.errors import UserError
 from pipeline.evaluation_tasks import augmented_viewing, evaluate_predictions
 from pipeline.prediction_schema import ERRORS_SCHEMA, PredictionError, write_part
@@ -102,3 +103,34 @@ def test_augmentation_looks_at_images_as_the_shards_hold_them(shards: ShardSet) 
     assert viewing() is None
     assert viewing(flip=True) == Viewing(CANVASES, flip=True)
     assert viewing(scales=[0.5, 1.0], tiling={}) == Viewing(CANVASES, scales=(0.5, 1.0))
+
+
+def test_predictions_of_other_shards_are_refused(shards: ShardSet, tmp_path: Path) -> None:
+    write_predictions(shards, tmp_path, "shards")
+    part = json.loads((tmp_path / "manifest.json").read_text())["parts"][0]["name"]
+    path = tmp_path / part
+    rows = pq.ParquetFile(path).read()
+    moved = rows.set_column(
+        rows.schema.get_field_index("image_id"), "image_id", pa.array([i + 1 for i in rows["image_id"].to_pylist()])
+    )
+    pq.write_table(moved.cast(rows.schema), path)
+    keys = match_keys(str(tmp_path), shards, print)
+    with pytest.raises(
+        UserError, match=r"row 0 is image .* there, and image .*; these predictions are of other shards"
+    ):
+        evaluated_rows(str(tmp_path), shards.folder, [0], keys, CLASS_NAMES)
+
+
+def test_classes_that_the_data_do_not_have(shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_predictions(shards, tmp_path, "files")
+    said: list[str] = []
+    match_keys(str(tmp_path), shards, said.append)
+    assert said == []
+    names = list(shards.manifest.class_names)
+    monkeypatch.setattr(shards, "manifest", replace(shards.manifest, class_names=("other", *names[1:])))
+    match_keys(str(tmp_path), shards, said.append)
+    assert len(said) == 1
+    assert f"detections of classes that the data do not have are left out ({names[0]})" in said[0]
+    monkeypatch.setattr(shards, "manifest", replace(shards.manifest, class_names=("x", "y", "z")))
+    with pytest.raises(UserError, match="the validation data have none of these classes but x, y, z"):
+        match_keys(str(tmp_path), shards, said.append)

@@ -220,3 +220,27 @@ def test_annotations_of_lvis_are_recognised(tmp_path: Path) -> None:
     assert [fields.frequency[class_id] for class_id in (1, 2, 3, 4)] == ["r", "c", "f", "r"]
     evaluation_report.write_report(str(tmp_path / "report"), rows, shards, "x", fields)
     assert "LVIS protocol" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_detections_that_all_lie_in_a_crowd_leave_a_page(tmp_path: Path) -> None:
+    content: Json = {
+        "images": [{"id": 1, "file_name": "a"}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    annotations = tmp_path / "val.json"
+    annotations.write_text(json.dumps(content))
+    only = row(0, [(1, square(0))], [(1, 0.9, square(0))])
+    only.annotations[0]["iscrowd"] = 1
+    shards: Any = Shards(annotations, content, ["cat"])
+    report = evaluation_report.write_report(str(tmp_path / "report"), [only], shards, "x", None)
+    assert report["num_crowds"] == 1
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_classes_that_lvis_does_not_have_are_left_out_of_its_protocol() -> None:
+    rows = [
+        row(0, [(1, square(0)), (2, square(50))], [(1, 0.9, square(0)), (2, 0.9, square(0))]),
+    ]
+    report, _ = analyse(rows, ("cat", "unicorn"), LvisFields({}, {}, {1: "r"}))
+    assert report["lvis"]["segm"]["AP"] == pytest.approx(1)

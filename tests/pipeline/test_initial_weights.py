@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.inference import find_weights, load_weights
 from pipeline.initial_weights import INITIAL_WEIGHTS_FILE, InitialWeights, initial_weights, load_initial_weights
 from pipeline.run_state import RunState, run_folder, write_run
+from pipeline.search_space import apply_point
 from tests.pipeline.factories import thin_model
 
 NAMES = ("circle", "square")
@@ -227,3 +228,15 @@ class TestEvaluation:
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
         with pytest.raises(UserError, match="trained on other classes: class 1 is 'circle' there, 'square' in the"):
             load_weights(config, str(tmp_path / "checkpoint"), ("square", "circle"), lambda line: None)
+
+    def test_a_model_that_would_compute_otherwise_is_refused(self, tmp_path: Path) -> None:
+        checkpoint(tmp_path / "checkpoint", NAMES)
+        config = config_with(tmp_path, "none")
+
+        def load(changes: dict[str, Any]) -> None:
+            changed = apply_point(config, changes)
+            load_weights(changed, str(tmp_path / "checkpoint"), NAMES, lambda line: None)
+
+        load({"model.rpn.nms_threshold": 0.5, "model.detections.score_threshold": 0.3, "model.roi.rois_per_image": 8})
+        with pytest.raises(UserError, match=r"another model than .*: model\.anchors\.scales \[1\.0, 2"):
+            load({"model.anchors.scales": [1.0, 2.0, 4.0, 8.0, 16.0]})

@@ -44,3 +44,13 @@ def test_tune_runs_what_the_ledger_gives_out(ledger: Ledger, monkeypatch: pytest
     assert [(trial.number, trial.state, trial.reason) for trial in ended] == [
         (1, "finished", None), (0, "failed", PROCESS_LOST),
     ]  # fmt: skip
+
+
+def test_an_end_that_is_told_twice_counts_once(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda result: result)
+    ended: list[Trial] = []
+    search = LedgerSearch(Actor(ledger), ended.append)
+    search.suggest("a")
+    for _ in range(2):
+        search.on_trial_complete("a", error=True)
+    assert len(ended) == 1

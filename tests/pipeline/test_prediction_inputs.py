@@ -133,3 +133,50 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.parquet").write_bytes(b"no table")
     with pytest.raises(UserError, match="not a Parquet or Arrow file"):
         list_inputs(str(tmp_path / "list.parquet"), settings())
+
+
+def test_stars_before_a_pattern_mean_the_folder_itself_too(tmp_path: Path) -> None:
+    touch(tmp_path, "top.jpg", "s/a.jpg", "s/t/b.jpg", "s/c.png")
+    assert keys(tmp_path, pattern="**/*.jpg") == ["s/a.jpg", "s/t/b.jpg", "top.jpg"]
+
+
+def test_tables_and_images_in_one_folder_want_a_pattern(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet", pa.table({"bytes": [b"a", b"b"]}))
+    touch(tmp_path, "preview.png")
+    with pytest.raises(UserError, match=r"holds tables \(t\.parquet\) and images \(preview\.png\)"):
+        list_inputs(str(tmp_path), settings())
+    assert keys(tmp_path, pattern="*.png") == ["preview.png"]
+    chosen = list_inputs(str(tmp_path), settings(pattern="*.parquet"))
+    assert (chosen.kind, [entry.row for entry in chosen.entries]) == ("table", [0, 1])
+    with pytest.raises(UserError, match=r"--predict\.pattern \*\.p\* matches tables \(t\.parquet\) and other files"):
+        list_inputs(str(tmp_path), settings(pattern="*.p*"))
+
+
+def test_arrow_streams_are_read_as_well(tmp_path: Path) -> None:
+    table = pa.table({"bytes": [f"{row}".encode() for row in range(9)], "name": [f"n{row}" for row in range(9)]})
+    path = tmp_path / "data.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    assert keys(path, key_column="name") == [f"n{row}" for row in range(9)]
+    assert read_column(str(path), "bytes", 3, 6) == [b"3", b"4", b"5"]
+    assert read_column(str(path), "bytes") == [f"{row}".encode() for row in range(9)]
+
+
+def test_images_of_lvis_are_named_by_their_address(tmp_path: Path) -> None:
+    images = [{"id": 5, "coco_url": "http://images.cocodataset.org/val2017/000000000139.jpg", "height": 4, "width": 6}]
+    (entry,) = list_inputs(str(coco(tmp_path, images, categories=None)), settings()).entries
+    assert (entry.key, entry.path) == (
+        "val2017/000000000139.jpg", str(tmp_path / "val2017/000000000139.jpg"),
+    )  # fmt: skip
+
+
+def test_two_images_of_one_id_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two images have the id 7"):
+        list_inputs(str(coco(tmp_path, [{"id": 7, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}])), settings())
+
+
+def test_a_size_that_no_image_has_is_unknown(tmp_path: Path) -> None:
+    (entry,) = list_inputs(
+        str(coco(tmp_path, [{"id": 7, "file_name": "a.jpg", "height": 2**31, "width": 9}])), settings()
+    ).entries
+    assert (entry.height, entry.width) == (None, None)

@@ -28,6 +28,9 @@ def row(mask: Any, score: float = 0.8) -> dict[str, Any]:
         ("/data/a.jpg", "%2Fdata%2Fa.jpg"),
         ("s3://bucket/a", "s3%3A%2F%2Fbucket%2Fa"),
         ("t.parquet#7", "t.parquet%237"),
+        ("..", "%2E%2E"),
+        (".", "%2E"),
+        (".hidden.jpg", ".hidden.jpg"),
     ],
 )
 def test_pictures_stay_below_their_folder(key: str, name: str) -> None:
@@ -57,3 +60,17 @@ def test_only_what_is_wanted_is_written(tmp_path: Path) -> None:
         write_pictures(str(output), entry, found, "files", "bytes", PictureSettings(overlays, cutouts, 0.5))
         assert (output / "overlays" / "x.jpg").exists() == overlays
         assert (output / "cutouts" / "x" / "000-hot%20dog-0.80.png").exists() == cutouts
+
+
+def test_a_long_name_is_cut_and_stays_its_own() -> None:
+    names = {picture_name(f"folder/{'像' * 80}{number}.jpg") for number in range(3)}
+    assert len(names) == 3
+    assert all(name.startswith("folder/%E5%83%8F") and len(name.partition("/")[2]) < 200 for name in names)
+
+
+def test_a_picture_that_cannot_be_written_is_not_the_fault_of_its_image(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png(noise(8, 10)))
+    (tmp_path / "overlays").write_text("a file where the folder should be")
+    entry, found = Entry("x", str(tmp_path / "x.png")), row(np.ones((8, 10), dtype=bool))
+    with pytest.raises(OSError, match="overlays"):
+        write_pictures(str(tmp_path), entry, found, "files", "bytes", PictureSettings(True, False, 0.5))

@@ -70,3 +70,15 @@ def test_killed_before_its_second_file_it_begins_anew(tmp_path: Path) -> None:
     begin(str(tmp_path), "/images", Inputs("files", entries(5)), 2, RUN)
     (tmp_path / RUN_FILE).unlink()
     assert resume(str(tmp_path), "/images", RUN) is None
+
+
+def test_a_table_that_was_written_again_is_refused(tmp_path: Path) -> None:
+    table, output = tmp_path / "t.parquet", str(tmp_path / "out")
+    table.write_bytes(b"rows")
+    begin(output, str(table), Inputs("table", [Entry("a", str(table), 0), Entry("b", str(table), 1)]), 2, RUN)
+    assert resume(output, str(table), RUN) is not None
+    table.write_bytes(b"other rows")
+    with pytest.raises(UserError, match=r"t\.parquet: was written again since .*/out was begun"):
+        resume(output, str(table), RUN)
+    table.unlink()
+    assert resume(output, str(table), RUN) is not None, "what is left to read will say that it is gone"

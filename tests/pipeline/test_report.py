@@ -144,3 +144,9 @@ def test_objects_are_told_apart(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert tuple(first) in _COLOURS
     assert tuple(second) in _COLOURS
     assert (tuple(first) == tuple(second)) is (len(names) > 1)
+
+
+def test_a_long_thin_image_is_not_enlarged_beyond_bounds() -> None:
+    drawn = draw_objects(noise(1, 20000), NO_MASKS, NO_BOXES, [], [])
+    assert max(drawn.size) <= 1024
+    assert draw_objects(noise(100, 500), NO_MASKS, NO_BOXES, [], []).size == (1000, 200)

@@ -98,7 +98,14 @@ def test_tpe_learns_where_it_is_good() -> None:
 def test_running_and_failed_trials() -> None:
     points = draw_points(SPACE, settings(max_trials=3), [])
     tried = [Tried(points[0], 0.5), Tried(points[1], None, is_running=True), Tried(points[2], None)]
-    study = study_of(SPACE, tried, "max")
+    study = study_of(SPACE, tried, larger_is_better=True)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "RUNNING"]
     assert study.best_value == 0.5
     assert next_point(SPACE, settings(search="tpe"), [], tried) is not None
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_whole_numbers_are_tried_once_each(search: str) -> None:
+    space = Space((Knob("a", "integer", low=1, high=3), Knob("b", "choice", (True, False))))
+    points = draw_points(space, settings(search=search, max_trials=100), [])
+    assert sorted((point["a"], point["b"]) for point in points) == [(a, b) for a in (1, 2, 3) for b in (False, True)]

@@ -142,7 +142,7 @@ def test_best_possible_iou_by_hand() -> None:
 def test_many_knobs_are_checked_by_some_combinations() -> None:
     knobs = tuple(Knob(f"k{i}", "uniform", low=0.0, high=1.0) for i in range(12))
     found = list(combinations(Space(knobs)))
-    assert len(found) == 256
+    assert len(found) == 66 * 4, "the ends of every two knobs"
     assert all({point[knob.name] for point in found} == {0.0, 1.0} for knob in knobs)
 
 
@@ -290,3 +290,45 @@ def test_the_objectives_are_what_a_training_logs() -> None:
     step = (*STEP_METRICS, "learning_rate", "images_per_second", "data_wait_fraction")
     assert sorted(OBJECTIVES) == sorted({*AP_METRICS, *RECALL_METRICS, *step})
     assert RECALL_OBJECTIVES == RECALL_METRICS
+
+
+def test_every_two_extremes_meet() -> None:
+    """Two long lists of which a single pair does not go together."""
+    values = [index / 20 for index in range(1, 20)]
+    given = {"model.rpn.positive_iou": {"choice": [0.4, *values[9:]]}, "model.rpn.negative_iou": {"choice": values[:9]}}
+    assert max(values[:9]) > 0.4
+    with pytest.raises(ConfigurationError, match=r"sweep\.space: .*negative_iou 0\.45 is above positive_iou 0\.4"):
+        parse_space({**given, "train.seed": {"choice": list(range(20))}}, BASE)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"model.backbone.depth": {"integer": [18, 50]}}, "sweep.space.model.backbone.depth: integer [18, 50]: 19: "),
+        ({"data.synthetic.seed": {"choice": [0, 1]}}, "sweep.space.data.synthetic.seed: is the same for all trials"),
+        ({"predict.batch_size": {"choice": [1, 2]}}, "sweep.space.predict.batch_size: is the same for all trials"),
+        ({"model.rpn.nms_threshold": [0.5, 0.7]}, "sweep.space.model.rpn.nms_threshold: expected one of choice"),
+    ],
+)
+def test_what_no_trial_could_use_is_refused_by_name(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        parse_space(SweepSettings.model_validate({"space": given}).space, BASE)
+    assert str(refused.value).startswith(told)
+
+
+def test_how_many_points_there_are() -> None:
+    integer, listed = Knob("a", "integer", low=3, high=5), Knob("b", "choice", ("x", "y"))
+    assert Space((integer, listed)).num_points == 6
+    assert [(point["a"], point["b"]) for point in Space((integer, listed)).all_points()] == [
+        (3, "x"), (3, "y"), (4, "x"), (4, "y"), (5, "x"), (5, "y"),
+    ]  # fmt: skip
+    assert Space((Knob("a", "integer", low=0, high=10**9),)).num_points is None
+    assert Space((integer, Knob("c", "uniform", low=0.0, high=1.0))).num_points is None
+
+
+def test_a_small_loss_is_good_without_being_told() -> None:
+    assert SweepSettings().larger_is_better
+    assert not SweepSettings(objective="loss").larger_is_better
+    assert SweepSettings(objective="loss", mode="max").larger_is_better
+    with pytest.raises(ValidationError, match="early_objective loss: a large one has to be good"):
+        SweepSettings(early_objective="loss")

@@ -165,3 +165,14 @@ def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int
         return response.status, response.read().decode()
     finally:
         connection.close()
+
+
+def test_base64_may_be_wrapped_into_lines(predictor: Predictor) -> None:
+    (answer,) = ServedModel(predictor).predict([base64.encodebytes(IMAGES[0]).decode()])
+    assert_found(answer, IMAGES[0], predictor)
+
+
+def test_letters_beyond_ascii_are_no_base64_and_spoil_no_other_image(predictor: Predictor) -> None:
+    bad, good = ServedModel(predictor).predict(["é", IMAGES[0]])
+    assert "is no base64" in bad["error"]
+    assert_found(good, IMAGES[0], predictor)

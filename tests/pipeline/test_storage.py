@@ -113,3 +113,23 @@ def test_deleting(tmp_path: Path) -> None:
     storage.delete_folder(str(tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
     storage.delete_folder(str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("name", ["a b.jpg", "ä.jpg", "x#1.jpg", "q?.jpg", "p%20.jpg"])
+def test_a_local_folder_is_one_however_it_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    folder = storage.absolute(tmp_path.as_uri())
+    assert folder == str(tmp_path)
+    assert storage.absolute((tmp_path / name).as_uri()) == str(tmp_path / name)
+    assert storage.absolute(name, tmp_path.as_uri()) == str(tmp_path / name)
+    assert [storage.read_bytes(storage.join(folder, found)) for found in storage.list_files(folder)] == [b"x"]
+
+
+def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert storage.stamp(str(path)) is None
+    path.write_bytes(b"one")
+    before = storage.stamp(str(path))
+    assert before == storage.list_stamps(str(tmp_path))["file"]
+    path.write_bytes(b"other")
+    assert storage.stamp(str(path)) != before

@@ -283,3 +283,21 @@ def test_damaged_files_are_named(tmp_path: Path, clock: Clock) -> None:
     assert begin(ledger) == 2
     with pytest.raises(UserError, match=r"holds trials \[0, 2\]"):
         make_ledger(tmp_path, clock)
+
+
+def test_an_ap_of_objects_that_there_are_not_is_no_value(tmp_path: Path, clock: Clock) -> None:
+    ledger = make_ledger(tmp_path, clock, objective="segm_AP_large", scheduler="none")
+    number = begin(ledger)
+    judge(ledger, number, 1, 0.5, segm_AP_large=-1.0, learning_rate=-1.0)
+    ledger.finish(number, {"steps": 10})
+    (trial,) = ledger.trials()
+    assert trial.evaluations == [{"segm_AP": 0.5, "learning_rate": -1.0, "step": 10, "epoch": 1.0}]
+    assert ranked(ledger.trials(), SweepSettings(objective="segm_AP_large")) == []
+
+
+def test_however_small_the_budget_one_trial_is_made(tmp_path: Path, clock: Clock) -> None:
+    ledger = make_ledger(tmp_path, clock, max_hours=1e-6, scheduler="none")
+    clock.now = 60.0
+    number = begin(ledger)
+    assert judge(ledger, number, 1, 0.5) == "the budget of 1e-06 hours is spent"
+    assert ledger.next_trial() is None
