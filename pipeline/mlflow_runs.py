@@ -63,6 +63,15 @@ def run_with_tag(client: Any, experiment_id: str, tag: str, value: str, further:
     return next(iter(client.search_runs([experiment_id], " and ".join(wanted), max_results=1)), None)
 
 
+def was_begun_otherwise(run: Any, parameters: Mapping[str, str]) -> bool:
+    """Whether a run that was found by its folder has other parameters: the folder was deleted since."""
+    known = run.data.params
+    return any(
+        known.get(key, value[:MAX_PARAMETER_LENGTH]) != value[:MAX_PARAMETER_LENGTH]
+        for key, value in parameters.items()
+    )
+
+
 def answers(client: Any) -> bool:
     """Whether MLflow itself is there, so that a failed upload is the fault of its artifact store."""
     try:

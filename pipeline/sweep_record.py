@@ -19,6 +19,7 @@ from pipeline.mlflow_runs import (
     log_parameters,
     run_if_there,
     run_with_tag,
+    was_begun_otherwise,
 )
 
 
@@ -57,7 +58,10 @@ class SweepRecord:
         client = self._client()
         experiment_id = find_experiment(client, self._experiment, self._artifacts_folder)
         further = f"tags.`{PARENT_TAG}` = '{parent}'" if parent else "attributes.status = 'RUNNING'"
-        run = run_if_there(client, known) or run_with_tag(client, experiment_id, RUN_TAG, run_folder, further)
+        run = run_if_there(client, known)
+        if run is None:
+            run = run_with_tag(client, experiment_id, RUN_TAG, run_folder, further)
+            run = None if run is not None and was_begun_otherwise(run, parameters) else run
         if run is not None:
             client.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)

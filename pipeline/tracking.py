@@ -34,6 +34,7 @@ from pipeline.mlflow_runs import (
     log_parameters,
     run_if_there,
     run_with_tag,
+    was_begun_otherwise,
 )
 
 NAMESPACE = "mask-rcnn"
@@ -71,6 +72,7 @@ class Tracker:
         self._uri, self._experiment, self._run_name, self._run_folder = uri, experiment, run_name, run_folder
         self._artifacts_folder = artifacts_folder
         self._known_run_id: str | None = None
+        self._parameters: dict[str, str] = {}
         self._journal = Journal(journal_folder(run_folder))
         self._journalled: dict[str, set[int]] = {}  # steps, by the first name of their metrics
         self._has_parameters = False
@@ -107,7 +109,7 @@ class Tracker:
         Returns:
             Id of the MLflow run, or None where it has not answered so far.
         """
-        self._known_run_id = run_id
+        self._known_run_id, self._parameters = run_id, dict(parameters)
         if not self._has_parameters:
             self._has_parameters = True
             self._append({"kind": "parameters", "parameters": dict(parameters)})
@@ -283,6 +285,7 @@ class Tracker:
         if run is None and is_fresh:
             # Begun by an attempt that did not live to write it down; not the finished one of a deleted folder.
             run = run_with_tag(client, experiment_id, RUN_TAG, self._run_folder, "attributes.status = 'RUNNING'")
+            run = None if run is not None and was_begun_otherwise(run, self._parameters) else run
         if run is None:
             tags = {RUN_TAG: self._run_folder, JOURNAL_TAG: self._journal.mark.token}
             run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)

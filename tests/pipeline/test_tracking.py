@@ -160,6 +160,16 @@ def test_a_run_that_was_begun_but_not_written_down_is_found_again(uri: str, tmp_
     assert begun_and_killed(uri, tmp_path) not in (run_id, other), "a finished run of a deleted folder is left"
 
 
+def test_in_a_folder_that_was_deleted_another_run_begins(uri: str, tmp_path: Path) -> None:
+    first = make_tracker(uri, tmp_path)
+    killed = started(first, {"seed": "3"})
+    shutil.rmtree(tmp_path / "a-run")
+    second = make_tracker(uri, tmp_path)
+    assert started(second, {"seed": "4"}) != killed
+    second.finish("FINISHED", 60)
+    assert second.get_progress()["problem"] is None
+
+
 def test_a_run_that_was_deleted_in_mlflow_is_told_everything_again(
     uri: str, new_database: Path, tmp_path: Path
 ) -> None:
