@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.search import Tried, study_of
 from pipeline.search_space import Knob, Point, Space, label
 from pipeline.sweep_config import SweepSettings
-from pipeline.trials import Trial, known_numbers, ranked
+from pipeline.trials import Trial, ranked
 
 MAX_LINES = 30
 COLOURS = {"finished": "tab:blue", "stopped": "tab:orange", "failed": "tab:red", "running": "tab:gray"}
@@ -250,6 +250,6 @@ def _png(figure: Any) -> bytes:
 def points_as_trials(points: Sequence[Point], metrics: Sequence[dict[str, float]]) -> list[Trial]:
     """Points of a sweep without training in the form of trials, each evaluated once."""
     return [
-        Trial(number, point, "finished", evaluations=[known_numbers(values)])
+        Trial(number, point, "finished", evaluations=[dict(values)])
         for number, (point, values) in enumerate(zip(points, metrics, strict=True))
     ]

@@ -52,7 +52,8 @@ class Trial:
 
     def value(self, settings: SweepSettings) -> float | None:
         """Objective of its best evaluation; None before the first, and of a failed trial."""
-        values = [entry[settings.objective] for entry in self.evaluations if settings.objective in entry]
+        found = [reached(entry, settings.objective) for entry in self.evaluations]
+        values = [value for value in found if value is not None]
         if self.state == "failed" or not values:
             return None
         return max(values) if settings.larger_is_better else min(values)
@@ -170,7 +171,7 @@ class Ledger:
         """
         trial = self._trials[number]
         before = [entry for entry in trial.evaluations if entry["step"] < step]
-        numbers = known_numbers(metrics)
+        numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
         trial.evaluations = [*before, {**numbers, "step": step, "epoch": epoch}]
         self._count(trial)
         if not is_last:
@@ -230,9 +231,10 @@ class Ledger:
         metric = settings.early_objective if early and settings.early_objective else settings.objective
         sign = 1.0 if early or settings.larger_is_better else -1.0
         values = {
-            other.number: sign * other.evaluations[evaluation - 1][metric]
+            other.number: sign * value
             for other in self._trials
-            if len(other.evaluations) >= evaluation and metric in other.evaluations[evaluation - 1]
+            if len(other.evaluations) >= evaluation
+            and (value := reached(other.evaluations[evaluation - 1], metric)) is not None
         }
         if trial.number not in values:
             return f"asha: {metric} is not a number at evaluation {evaluation}"
@@ -290,14 +292,11 @@ class Ledger:
         storage.write_bytes(storage.join(self._folder, HOURS_FILE), json.dumps(self._hours()).encode())
 
 
-def known_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics that say something: finite ones, without the -1 of an AP of objects that the data do not have."""
-    is_average = ("bbox_", "segm_", "rpn_AR")
-    return {
-        name: value
-        for name, value in metrics.items()
-        if math.isfinite(value) and not (name.startswith(is_average) and value < 0)
-    }
+def reached(evaluation: Mapping[str, float], metric: str) -> float | None:
+    """What an evaluation says of a metric; None without it, and where an AP is -1, there being no such objects."""
+    value = evaluation.get(metric)
+    is_average = metric.startswith(("bbox_", "segm_", "rpn_AR"))
+    return None if value is None or (is_average and value < 0) else value
 
 
 def ranked(trials: Sequence[Trial], settings: SweepSettings) -> list[Trial]:

@@ -288,11 +288,14 @@ def test_damaged_files_are_named(tmp_path: Path, clock: Clock) -> None:
 def test_an_ap_of_objects_that_there_are_not_is_no_value(tmp_path: Path, clock: Clock) -> None:
     ledger = make_ledger(tmp_path, clock, objective="segm_AP_large", scheduler="none")
     number = begin(ledger)
-    judge(ledger, number, 1, 0.5, segm_AP_large=-1.0, learning_rate=-1.0)
+    judge(ledger, number, 1, 0.5, segm_AP_large=-1.0)
     ledger.finish(number, {"steps": 10})
     (trial,) = ledger.trials()
-    assert trial.evaluations == [{"segm_AP": 0.5, "learning_rate": -1.0, "step": 10, "epoch": 1.0}]
+    assert trial.evaluations[0]["segm_AP_large"] == -1.0, "it stands in the table as evaluations say it"
+    assert trial.value(SweepSettings()) == 0.5
     assert ranked(ledger.trials(), SweepSettings(objective="segm_AP_large")) == []
+    cut = make_ledger(tmp_path / "asha", clock, objective="segm_AP_large")
+    assert judge(cut, begin(cut), 1, 0.5, segm_AP_large=-1.0) == "asha: segm_AP_large is not a number at evaluation 1"
 
 
 def test_however_small_the_budget_one_trial_is_made(tmp_path: Path, clock: Clock) -> None:
