@@ -36,6 +36,8 @@ ENV PATH=/opt/environment/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# `ray up` runs its commands in login shells, whose /etc/profile sets PATH anew.
+RUN echo 'export PATH=/opt/environment/bin:$PATH' > /etc/profile.d/environment.sh
 USER 1000:1000
 WORKDIR /home/ray/mask-rcnn
 RUN python -m compileall -q jobs pipeline model

@@ -21,7 +21,7 @@ from pipeline.sweep_config import SweepConfig
 def main(arguments: list[str]) -> None:
     """Parse, look, tell."""
     optional = {
-        "cluster": "a cluster.yaml to look at, instead of a running cluster",
+        "cluster": "a cluster.yaml or a RayJob to look at, instead of a running cluster",
         "trials": "trials of a sweep at once; by default sweep.max_concurrent_trials, or 1",
     }
     options = parse(__doc__ or "", arguments, optional=optional, config_type=SweepConfig)
@@ -31,8 +31,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigurationError(f"--trials {trials}: has to be a whole number of at least 1")
 
     from pipeline import cluster, doctor
-    from pipeline.cluster_file import cluster_file_problems
+    from pipeline.cluster_file import cluster_file_problems, placeholders, read_cluster_file, storage_problems
     from pipeline.findings import Finding, fix, well
+    from pipeline.node_checks import shared_folders
+    from pipeline.rayjob_file import rayjob_problems
 
     started = time.monotonic()
     address = os.environ.get("RAY_ADDRESS")
@@ -43,7 +45,13 @@ def main(arguments: list[str]) -> None:
         say(finding.line)
 
     if options.cluster is not None:
-        for problem in (problems := cluster_file_problems(options.cluster)):
+        content = read_cluster_file(options.cluster)
+        if content.get("kind") == "RayJob":
+            problems = [*placeholders(content), *rayjob_problems(content)]
+        else:
+            problems = cluster_file_problems(options.cluster)
+            problems += [] if problems else storage_problems(content, shared_folders(config.base()))
+        for problem in problems:
             tell(fix("cluster file", f"{options.cluster}: {problem}"))
         if not problems:
             tell(well("cluster file", f"{options.cluster} is what Ray takes"))

@@ -49,10 +49,10 @@ def main(arguments: list[str]) -> None:
     if not options.predictions:  # before Ray is started: mistakes show here
         model = load_weights(config, started_from, checked.class_map.names, say)
     cluster.connect(options.debug)
-    doctor.check_at_start(config, say)
+    placement = cluster.place_workers(config.scaling, say)
+    doctor.check_at_start(config, say)  # when the nodes are there
     validation = prepare.write(config, checked, say).validation
     shards = ShardSet(validation)
-    placement = cluster.place_workers(config.scaling, say)
     started = time.monotonic()
     if options.predictions:
         rows = evaluate_predictions(config, started_from, validation, match_keys(started_from, shards, say))

@@ -10,6 +10,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ LOOPBACK = ("localhost", "127.", "[::1]")
 def job_server_findings(address: str) -> Iterator[Finding]:
     """Whether a job could be submitted to `http://HOST:8265`; ends with the first thing that is not well."""
     try:
-        mode = _ask(address, "/api/authentication_mode", token=None)["authentication_mode"]
+        mode = _authentication_mode(address)
     except (OSError, ValueError, KeyError) as error:
         yield fix(
             "job server",
@@ -41,7 +42,7 @@ def job_server_findings(address: str) -> Iterator[Finding]:
                 "off: whoever reaches the cluster can run code on it; start all nodes with RAY_AUTH_MODE=token",
             )
             return
-        yield well("authentication", "off, on the loopback")
+        yield well("authentication", "off behind a loopback address, perhaps a tunnel's: the nodes are asked below")
     try:
         version = _ask(address, "/api/version", token if mode == "token" else None)["ray_version"]
     except urllib.error.HTTPError as error:
@@ -67,6 +68,16 @@ def job_server_findings(address: str) -> Iterator[Finding]:
         yield fix("ray", f"{version} there, {ray.__version__} here; install the cluster's version, or use its image")
     else:
         yield well("ray", f"{version} here and there")
+
+
+def _authentication_mode(address: str) -> str:
+    """Whether tokens are wanted; of a Ray so old that it knows of none, not."""
+    try:
+        return str(_ask(address, "/api/authentication_mode", token=None)["authentication_mode"])
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:
+            raise
+        return "disabled"
 
 
 TOKEN_PLACES = "RAY_AUTH_TOKEN or ~/.ray/auth_token"

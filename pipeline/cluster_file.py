@@ -7,18 +7,26 @@ cluster safe and its nodes alike. What a cloud makes of `node_config` only the c
 from __future__ import annotations
 
 import copy
+import ipaddress
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.cluster_clouds import cloud_problems
 from pipeline.errors import UserError
 
 PLACEHOLDER = "REPLACE_ME"
 TOKEN_FILE = "~/.ray/auth_token"
 CLOUDS = ("aws", "gcp")
-OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
+WIDEST_NETWORK = 8  # bits: no network of a company is wider
+LEAST_SHARED_MEMORY = 10**9
+DEFAULT_PORT = "6379"
+UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
+GPU_MACHINES = re.compile(r"(g|p)\d")  # of EC2
 
 
 def read_cluster_file(path: str) -> dict[str, Any]:
@@ -49,11 +57,14 @@ def cluster_file_problems(path: str) -> list[str]:
     if schema is not None:  # what comes next relies on the file's form
         return [schema]
     return [
-        *_placeholders(content),
+        *placeholders(content),
         *_image_problems(content),
         *_token_problems(content),
         *_network_problems(content),
         *_node_problems(content),
+        *_type_problems(content),
+        *_command_problems(content),
+        *cloud_problems(content),
     ]
 
 
@@ -85,7 +96,8 @@ def _values(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, content
 
 
-def _placeholders(content: dict[str, Any]) -> Iterator[str]:
+def placeholders(content: dict[str, Any]) -> Iterator[str]:
+    """What is left to be filled in, of a cluster file or a manifest."""
     keys = dict.fromkeys(key for key, value in _values(content) if PLACEHOLDER in value)
     yield from (f"{key}: fill in {PLACEHOLDER}" for key in keys)
 
@@ -103,14 +115,32 @@ def _image_problems(content: dict[str, Any]) -> Iterator[str]:
     tag = image.rpartition("/")[2].partition(":")[2]
     if "@sha256:" not in image and tag in ("", "latest"):
         yield f"docker.image: {image} may be another one tomorrow; give it a tag of its own"
-    if not any("--shm-size" in option for option in docker.get("run_options", [])):
+    sizes = [found for option in _run_options(content) for found in re.findall(r"--shm-size\S*(?:\s\S+)?", option)]
+    if not sizes:
         yield "docker.run_options: add --shm-size, or Docker gives the object store 64 MB"
+    for size in sizes:
+        number = re.fullmatch(r"--shm-size[= ](\d+)([bkmg]?)", size.lower())
+        if number is None or int(number[1]) * UNITS[number[2]] < LEAST_SHARED_MEMORY:
+            yield f"docker.run_options: {size}: Ray's object store needs a gigabyte or more, such as --shm-size=30g"
+
+
+def _run_options(content: dict[str, Any]) -> list[str]:
+    """Options of `docker run` on any node."""
+    places = [content.get("docker", {})]
+    places += [node.get("docker", {}) for node in content.get("available_node_types", {}).values()]
+    names = ("run_options", "head_run_options", "worker_run_options")
+    return [option for place in places for name in names for option in place.get(name) or []]
 
 
 def _token_problems(content: dict[str, Any]) -> Iterator[str]:
     """Token authentication, switched on and with the token on every node."""
-    if not any("RAY_AUTH_MODE=token" in option for option in content.get("docker", {}).get("run_options", [])):
-        yield "docker.run_options: add --env RAY_AUTH_MODE=token, else whoever reaches a port can run code"
+    modes = re.findall(r"RAY_AUTH_MODE=(\S*)", " ".join(_run_options(content)))
+    if set(modes) != {"token"}:
+        yield "docker.run_options: add --env RAY_AUTH_MODE=token and no other, else whoever reaches a port can run code"
+    for name in re.findall(r"(\w*(?:SECRET|TOKEN|PASSWORD|_KEY)\w*)=", " ".join(_run_options(content))):
+        yield f"docker.run_options: {name} would lie in this file; give the nodes a role, or mount a file"
+    if "--privileged" in " ".join(_run_options(content)):
+        yield "docker.run_options: --privileged gives a job the whole machine; leave it out"
     if TOKEN_FILE not in content.get("file_mounts", {}):
         yield f"file_mounts: add {TOKEN_FILE}: {TOKEN_FILE}, else no node knows the token"
 
@@ -118,7 +148,7 @@ def _token_problems(content: dict[str, Any]) -> Iterator[str]:
 def _network_problems(content: dict[str, Any]) -> Iterator[str]:
     """Ports that the world could reach."""
     for key, value in _values(content):
-        if value.strip() in OPEN_TO_ALL:
+        if _is_open_to_all(value.strip()):
             yield f"{key}: {value} lets the whole world in; name your own network"
     provider = content["provider"]
     if provider["type"] in CLOUDS and not provider.get("use_internal_ips"):
@@ -130,33 +160,96 @@ def _network_problems(content: dict[str, Any]) -> Iterator[str]:
                 f"available_node_types.{name}.node_config.SecurityGroupIds: name a group, "
                 "else Ray makes one that opens port 22 to the world"
             )
-        for interface in node_config.get("networkInterfaces", []):
-            if interface.get("accessConfigs"):
-                yield f"available_node_types.{name}.node_config.networkInterfaces: accessConfigs is a public address"
+
+
+def _is_open_to_all(value: str) -> bool:
+    """Whether it is a network that the world is in."""
+    if "/" not in value:
+        return False
+    try:
+        return ipaddress.ip_network(value, strict=False).prefixlen < WIDEST_NETWORK
+    except ValueError:
+        return False
 
 
 def _node_problems(content: dict[str, Any]) -> Iterator[str]:
-    """The head trains nothing, limits can be reached, and Ray installs nothing of its own."""
+    """The head trains nothing, and Ray installs nothing of its own."""
     commands = " ".join(content.get("head_start_ray_commands", []))
     types = content.get("available_node_types", {})
-    head = types.get(content.get("head_node_type"), {})
-    if head.get("resources", {}).get("CPU") != 0 and "--num-cpus=0" not in commands:
+    head_name = content.get("head_node_type")
+    head = types.get(head_name, {})
+    if head.get("resources", {}).get("CPU") != 0 and not re.search(r"--num-cpus=0(\s|$)", commands):
         yield (
-            f"available_node_types.{content.get('head_node_type')}.resources: needs CPU: 0, "
+            f"available_node_types.{head_name}.resources: needs CPU: 0, "
             "else training may run on the head, whose loss ends the run"
             if types
             else "head_start_ray_commands: add --num-cpus=0, else training may run on the head, whose loss ends the run"
         )
-    if commands and "--autoscaling-config" not in commands:
-        yield "head_start_ray_commands: `ray start --head` needs --autoscaling-config=~/ray_bootstrap_config.yaml"
+    machine = str(head.get("node_config", {}).get("InstanceType", ""))
+    if head.get("resources", {}).get("GPU") or GPU_MACHINES.match(machine) or re.search(r"--num-gpus=[1-9]", commands):
+        yield f"{f'available_node_types.{head_name}' if types else 'head_start_ray_commands'}: the head needs no GPU"
     if types and "setup_commands" not in content:
         yield "setup_commands: say [], else Ray installs a build of its own over the image's"
+    for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        if any(re.search(r"pip3?\s+install\b.*\bray\b", command) for command in content.get(key) or []):
+            yield f"{key}: installs another Ray than the image's; versions of nodes must not differ"
+
+
+def _type_problems(content: dict[str, Any]) -> Iterator[str]:
+    """Limits that can be reached; something to train on, and something to read data with."""
+    types = content.get("available_node_types", {})
+    if not types:
+        return
     most = content.get("max_workers")
+    if most is None:
+        yield "max_workers: say how many nodes there may be, or a mistake costs without a limit"
+    head_name = content.get("head_node_type")
     for name, node_type in types.items():
-        if most is not None and node_type.get("max_workers", most) > most:
-            yield (
-                f"available_node_types.{name}.max_workers: {node_type['max_workers']} nodes cannot be had, "
-                f"max_workers of the cluster is {most}"
-            )
-        if node_type.get("min_workers", 0) > node_type.get("max_workers", most or 0):
-            yield f"available_node_types.{name}.min_workers: is more than its max_workers"
+        where = f"available_node_types.{name}"
+        least, own = node_type.get("min_workers", 0), node_type.get("max_workers")
+        if own is None:
+            yield f"{where}.max_workers: say how many nodes of this type there may be"
+        elif name == head_name and own != 0:
+            yield f"{where}.max_workers: has to be 0, there is one head"
+        elif most is not None and own > most:
+            yield f"{where}.max_workers: {own} nodes cannot be had, max_workers of the cluster is {most}"
+        if least < 0:
+            yield f"{where}.min_workers: {least} is below 0"
+        if own is not None and least > own:
+            yield f"{where}.min_workers: is more than its max_workers"
+        for resource in node_type.get("resources", {}):
+            plain = resource.upper().rstrip("S")
+            if plain in ("CPU", "GPU") and resource != plain:
+                yield f"{where}.resources.{resource}: Ray knows {plain} alone"
+    workers = [node.get("resources", {}) for name, node in types.items() if name != head_name]
+    if not any(resources.get("GPU", 0) > 0 for resources in workers):
+        yield "available_node_types: none beside the head has a GPU to train on"
+    if not any(resources.get("CPU", 0) > 0 and not resources.get("GPU") for resources in workers):
+        yield "available_node_types: none beside the head has CPUs alone, to read and prepare data"
+
+
+def _command_problems(content: dict[str, Any]) -> Iterator[str]:
+    """Ray is started on every node, and workers find the head."""
+    head, worker = (" ; ".join(content.get(f"{kind}_start_ray_commands") or []) for kind in ("head", "worker"))
+    if not re.search(r"\bray start\b[^;]*--head\b", head):
+        yield "head_start_ray_commands: needs `ray start --head`"
+    elif not re.search(rf"--autoscaling-config={re.escape(BOOTSTRAP_FILE)}(\s|$)", head):
+        yield f"head_start_ray_commands: `ray start --head` needs --autoscaling-config={BOOTSTRAP_FILE}"
+    given = re.search(r"--port=(\d+)", head)
+    port = given[1] if given else DEFAULT_PORT
+    if not re.search(rf"\bray start\b[^;]*--address=\$RAY_HEAD_IP:{port}(\s|$)", worker):
+        yield f"worker_start_ray_commands: needs `ray start --address=$RAY_HEAD_IP:{port}`"
+
+
+def storage_problems(content: dict[str, Any], folders: dict[str, str]) -> Iterator[str]:
+    """Folders that all nodes have to see and that only one would.
+
+    Args:
+        content: of the file.
+        folders: local paths and URLs by the key that names them.
+    """
+    mounted = re.findall(r"(?:--volume|-v)[= ](\S+?):(\S+)", " ".join(_run_options(content)))
+    for key, folder in folders.items():
+        if "://" in folder or any(f"{folder}/".startswith(f"{inside.rstrip('/')}/") for _, inside in mounted):
+            continue
+        yield f"{key}: {folder} is a folder of one node alone; take a bucket, or a folder that --volume brings to all"

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline import cluster
-from pipeline.config import ExperimentConfig
+from pipeline.config import SECRET_ADVICE, ExperimentConfig, has_secret
 from pipeline.errors import Terminated, UserError
 
 CONFIG_EXIT_CODE = 2
@@ -116,7 +116,7 @@ def parse(
     except ArgumentError as error:
         files = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
         where = f"{', '.join(files)}: " if files and not _names_key(str(error)) else ""
-        raise ConfigurationError(where + explain(str(error), config_type)) from error
+        raise ConfigurationError(where + _without_secrets(explain(str(error), config_type))) from error
     values = namespace.as_dict()
     parts = {name: values[name] for name in config_type.model_fields}
     try:
@@ -127,7 +127,15 @@ def parse(
         say(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).rstrip())
         sys.exit(0)
     further = {name: values[name] for name in (*(extra or {}), *(optional or {}), *(flags or {}))}
+    for name, value in further.items():
+        if isinstance(value, str) and has_secret(value):
+            raise ConfigurationError(f"--{name} has a password or key in its address; {SECRET_ADVICE}")
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
+
+
+def _without_secrets(message: str) -> str:
+    """A message that may quote what was typed, passwords in addresses left out."""
+    return re.sub(r"\S*://\S*", "(an address)", message) if has_secret(message) else message
 
 
 def _help_formatter(config_type: type[BaseModel]) -> type[argparse.HelpFormatter]:
@@ -213,7 +221,8 @@ def explain_validation(error: ValidationError, config_type: type[BaseModel] = Ex
         if finding["type"] == "extra_forbidden":
             findings.append(unknown_key(key, config_type))
         else:
-            findings.append(f"{key}: {finding['msg'].removeprefix('Value error, ')}{_range_of(key, config_type)}")
+            text = f"{finding['msg'].removeprefix('Value error, ')}{_range_of(key, config_type)}"
+            findings.append(f"{key}: {text}" if key else text)
     return "; ".join(findings)
 
 

@@ -20,10 +20,21 @@ PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
 
 
-# `scheme://user:password@host`, `s3://key:secret@bucket`, `?secret_key=...`
+# `scheme://user:password@host`, `s3://key:secret@bucket`, `https://key@host`, `?secret_key=...`
 _SECRET = re.compile(
-    r"://[^/?@\s]*:[^/?@\s]*@|[?&][^=&]*(?:secret|password|token|access_key|signature)[^=&]*=", re.IGNORECASE
+    r"://[^/?@\s]*:[^/?@\s]*@|https?://[^/?@\s]+@|(?:postgres|mysql|mssql|mongodb|redis)[\w+]*://[^?@\s]*:[^?\s]*@"
+    r"|[?&](?:[^=&]*(?:secret|passw|token|access_key|api_?key|signature|credential)[^=&]*|sig|key|auth)=",
+    re.IGNORECASE,
 )
+SECRET_ADVICE = (
+    "give it in the environment of all nodes (MLFLOW_TRACKING_USERNAME and _PASSWORD, "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by the nodes' role"
+)
+
+
+def has_secret(text: str) -> bool:
+    """Whether an address in a text has a password or key in it."""
+    return _SECRET.search(text) is not None
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -374,11 +385,10 @@ class ExperimentConfig(Config):
     @model_validator(mode="after")
     def _no_secrets(self) -> Self:
         for key, value in _texts(self.model_dump(mode="json")):
-            if _SECRET.search(value):  # the value is not shown
+            if has_secret(value):  # the value is not shown
                 raise ValueError(
                     f"{key} has a password or key in its address, which would end up in MLflow, checkpoints and logs; "
-                    "give it in the environment of all nodes (MLFLOW_TRACKING_USERNAME and _PASSWORD, "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by the nodes' role"
+                    f"{SECRET_ADVICE}"
                 )
         return self
 

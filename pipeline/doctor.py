@@ -58,8 +58,13 @@ def refused_finding(address: str | None, error: ConnectionError) -> Finding:
     )
 
 
-def check_at_start(config: ExperimentConfig, say: Say) -> None:
+def check_at_start(config: ExperimentConfig, say: Say, reads_data: bool = True) -> None:
     """The part of the checks that takes a second or two and that a job does for itself, on a cluster of several nodes.
+
+    Args:
+        config: what the job needs.
+        say: takes a line for a person to read.
+        reads_data: whether it reads the data set of the configuration.
 
     Raises:
         UserError: nodes differ in their versions, or do not see what the job needs.
@@ -68,12 +73,14 @@ def check_at_start(config: ExperimentConfig, say: Say) -> None:
         return
     reports, findings = ask_nodes(config)
     unwritten = {finding.check for finding in findings}
-    findings += [*version_findings(reports), *sight_findings(reports, config, unwritten)]
+    findings += version_findings(reports)
+    findings += sight_findings(reports, config, unwritten) if reads_data else []
     wrong = [finding for finding in findings if not finding.ok]
     if wrong:
         more = f" (and {len(wrong) - 1} more: python jobs/doctor.py)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0].check}: {wrong[0].text}{more}")
-    say(f"cluster: {len(reports)} nodes have the same versions and see {config.run.storage_path}")
+    seen = f" and see {config.run.storage_path}" if reads_data else ""
+    say(f"cluster: {len(reports)} nodes have the same versions{seen}")
 
 
 def _authentication() -> Iterator[Finding]:
@@ -82,13 +89,20 @@ def _authentication() -> Iterator[Finding]:
 
     if is_token_auth_enabled():
         yield well("authentication", "every call wants the cluster's token")
-    elif len(cluster.capacity().nodes) > 1:
+    elif cluster.capacity().autoscaler or len(cluster.capacity().nodes) > 1 or not _on_loopback():
         yield fix(
             "authentication",
             "off: whoever reaches the cluster can run code on it; start all nodes with RAY_AUTH_MODE=token",
         )
     else:
-        yield well("authentication", "off, on one node")
+        yield well("authentication", "off, on one node that listens at the loopback alone")
+
+
+def _on_loopback() -> bool:
+    """Whether the node of this process has the loopback's address."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()).startswith("127.")
 
 
 def _mlflow(config: ExperimentConfig) -> Iterator[Finding]:

@@ -7,15 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.evaluation import EvaluatedRow, Json, ground_truth
 from pipeline.initial_weights import Say
 from pipeline.prediction_plan import ERRORS_FILE, MANIFEST_FILE
-from pipeline.prediction_schema import SCHEMA_VERSION, read_predictions, rle
+from pipeline.prediction_schema import SCHEMA_VERSION, read_plain_table, read_predictions, rle
 from pipeline.shards import Manifest, ShardSet
 
 
@@ -116,7 +113,8 @@ def match_keys(output: str, shards: ShardSet, say: Say) -> dict[str, int]:
                     f"{values['file_name']}: two images to evaluate on have this name; predict their shards"
                 )
             keys[values["file_name"]] = values["row"]
-    errors = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(output, ERRORS_FILE)))).to_pylist()
+    errors_path = storage.join(output, ERRORS_FILE)
+    errors = read_plain_table(storage.read_bytes(errors_path), errors_path).to_pylist()
     failed = {error["key"] for error in errors}
     predicted: set[str] = set()
     detected: Counter[str] = Counter()

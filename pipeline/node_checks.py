@@ -55,6 +55,18 @@ def needed_paths(config: ExperimentConfig) -> dict[str, str]:
     """Files and folders that have to be there before a job begins, by the key that names them."""
     if config.data.synthetic is not None:
         return {}
+    from pipeline.shards import MANIFEST
+
+    paths = _paths_of_data(config)
+    if config.data.shards is not None and not any(storage.exists(path) for path in paths.values()):
+        manifest = storage.join(storage.absolute(config.data.shards), f"training/{MANIFEST}")
+        return (
+            {} if storage.exists(manifest) else paths
+        )  # shards that were brought without the files they were made from
+    return paths
+
+
+def _paths_of_data(config: ExperimentConfig) -> dict[str, str]:
     paths = {}
     for key in ("sources", "validation_sources"):
         for number, source in enumerate(getattr(config.data, key)):

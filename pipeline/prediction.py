@@ -17,6 +17,7 @@ from pipeline import prediction_plan, storage
 from pipeline.cluster import Placement, most_workers, place_workers
 from pipeline.coco_results import write_coco_results
 from pipeline.config import ExperimentConfig
+from pipeline.doctor import check_at_start
 from pipeline.errors import UserError
 from pipeline.inference import Predictor
 from pipeline.prediction_inputs import list_inputs
@@ -153,6 +154,7 @@ def _place(config: ExperimentConfig, num_parts: int, say: Say) -> Placement:
     """Where the processes go; with a number that is asked for, nodes that an autoscaler may bring are waited for."""
     size = min(config.predict.num_workers or most_workers(config.scaling), num_parts)
     placement = place_workers(config.scaling.model_copy(update={"num_workers": size}), say)
+    check_at_start(config, say, reads_data=False)
     device = "GPU" if placement.use_gpu else f"CPU, {config.scaling.cpus_per_worker} threads each"
     say(f"predict: {size} processes with the model ({device})")
     return placement

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.coco import file_name_of, is_int, is_side
 from pipeline.errors import UserError
+from pipeline.plain_columns import check_plain
 from pipeline.predict_config import PredictSettings
 from pipeline.record_checks import leaves_folder
 from pipeline.shards import MANIFEST, ShardSet
@@ -231,8 +232,13 @@ def _open(path: str) -> Any:
 def table_columns(path: str) -> list[str]:
     """Names of the columns of a Parquet or Arrow IPC file."""
     with _open(path) as file:
-        schema = pq.ParquetFile(file).schema_arrow if _is_parquet(path) else _open_ipc(file).schema
-        return list(schema.names)
+        return list(_schema_of(path, file).names)
+
+
+def _schema_of(path: str, file: Any) -> Any:
+    schema = pq.ParquetFile(file).schema_arrow if _is_parquet(path) else _open_ipc(file).schema
+    file.seek(0)
+    return schema
 
 
 def num_rows(path: str) -> int:
@@ -262,6 +268,7 @@ def read_column(path: str, column: str, first: int = 0, last: int | None = None)
     """Values of a column from row `first` to row `last`, excluded; of a Parquet file only its row groups are read."""
     values: list[Any] = []
     with _open(path) as file:
+        check_plain(_schema_of(path, file), path, [column])
         seen = 0
         for size, batches in _pieces(path, file, column):
             start, end = seen, seen + size

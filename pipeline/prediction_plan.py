@@ -24,7 +24,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.mlflow_runs import flatten
 from pipeline.prediction_inputs import Entry, Inputs, Kind
-from pipeline.prediction_schema import SCHEMA_VERSION
+from pipeline.prediction_schema import SCHEMA_VERSION, read_plain_table
 
 PLAN_FILE, RUN_FILE, ERRORS_FILE, MANIFEST_FILE = "plan.parquet", "run.json", "errors.parquet", "manifest.json"
 _SCHEMA = pa.schema(
@@ -144,7 +144,7 @@ def resume(output: str, images: str, run: dict[str, Any]) -> Plan | None:
         if hashlib.sha256(content).hexdigest() != before["plan_sha256"]:
             raise ValueError("its SHA-256 is not that of run.json")
         parts: list[list[Entry]] = [[] for _ in range(before["num_parts"])]
-        for values in pq.read_table(pa.BufferReader(content)).to_pylist():
+        for values in read_plain_table(content, plan_path).to_pylist():
             parts[values.pop("part")].append(Entry(**values))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{plan_path}: missing or damaged ({error}); choose another --output") from error

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.plain_columns import check_plain
 
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
@@ -175,8 +176,25 @@ def read_predictions(output: str, parts: Sequence[str], columns: Sequence[str] |
         columns: those wanted, None for all.
     """
     for name in parts:
-        content = pa.BufferReader(storage.read_bytes(storage.join(output, name)))
-        yield from pq.read_table(content, columns=None if columns is None else list(columns)).to_pylist()
+        path = storage.join(output, name)
+        yield from read_plain_table(storage.read_bytes(path), path, columns).to_pylist()
+
+
+def read_plain_table(content: bytes, path: str, columns: Sequence[str] | None = None) -> Any:
+    """A Parquet file as a table whose values are plain ones.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+        columns: those wanted, None for all.
+
+    Raises:
+        UserError: a column is of an extension type, see `check_plain`.
+    """
+    file = pq.ParquetFile(pa.BufferReader(content))
+    wanted = None if columns is None else list(columns)
+    check_plain(file.schema_arrow, path, wanted)
+    return file.read(columns=wanted)
 
 
 def rle(row: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.mlflow_models import BEST_CHECKPOINT, download_checkpoint, served_models
+from pipeline.mlflow_models import BEST_CHECKPOINT, download_checkpoint, download_model, served_models
 
 CHAMPION = "champion"
 JUDGED_METRIC = "segm_AP"
@@ -83,7 +83,8 @@ def _version_of_run(client: Any, name: str, run_id: str, segm_ap: float, validat
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.run_id == run_id:
+        # A run that was trained for longer has another best checkpoint since: that is another version.
+        if version.run_id == run_id and version.tags.get(AP_TAG) == repr(float(segm_ap)):
             return version
     tags = {AP_TAG: repr(float(segm_ap)), DIGEST_TAG: validation_digest}
     served = served_models(client, run_id)
@@ -144,4 +145,6 @@ def download_registered(reference: str, uri: str) -> str:
             version = client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
         raise UserError(f"{reference} at {uri}: {' '.join(str(error).split())[:300]}") from error
+    if getattr(version, "model_id", None):  # what was registered, whatever its run has come to since
+        return download_model(f"models:/{version.model_id}", uri)
     return download_checkpoint(version.run_id, uri)

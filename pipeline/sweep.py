@@ -121,9 +121,13 @@ def share_cluster(config: SweepConfig, space: Space, say: Say) -> tuple[int, Pla
         UserError: not even one fits, now and ever, or not as many as asked for.
     """
     alone = cluster.place_workers(config.scaling, say)
+    most = min(config.sweep.max_trials, space.num_points or config.sweep.max_trials)
+    wanted = min(config.sweep.max_concurrent_trials or 1, most)
+    if wanted > 1 and cluster.capacity().autoscaler:  # which brings nodes for all trials only when asked for them
+        together = {"num_workers": wanted * config.scaling.num_workers, "min_workers": None}
+        cluster.place_workers(config.scaling.model_copy(update=together), say)
     check_at_start(config.base(), say)
     nodes = cluster.capacity().nodes
-    most = min(config.sweep.max_trials, space.num_points or config.sweep.max_trials)
     return trial_placement(nodes, config.scaling.num_workers, alone, config.sweep.max_concurrent_trials, most)
 
 

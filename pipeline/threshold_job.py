@@ -53,9 +53,9 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     model = load_weights(base, weights, checked.class_map.names, say)  # before Ray is started: mistakes show here
     points = draw_points(space, config.sweep, [dict(point) for point in config.sweep.start_points])
     cluster.connect(debug)
-    check_at_start(base, say)
-    data = prepare.write(base, checked, say)
     placement = cluster.place_workers(config.scaling, say)
+    check_at_start(base, say)  # when the nodes are there
+    data = prepare.write(base, checked, say)
     say(f"sweep: {len(points)} points over {len(space.knobs)} knobs of {weights}, without training")
     looked = time.monotonic()
     metrics = evaluate_points(base, model, points, data.validation, placement)

@@ -43,6 +43,9 @@ def problems(text: str) -> list[str]:
         "runs as root": not re.match(r"(root|0)\b", last_user),
         "a user id that Kubernetes cannot see is none of root": bool(re.match(r"\d+", last_user)),
         "no home for `ray up` to find": "HOME=/home/" in variables,
+        "no `ray` in the login shells of `ray up`": any(
+            "PATH=/opt/environment/bin:" in run and "/etc/profile.d/" in run for run in runs
+        ),
         "no token wanted": "RAY_AUTH_MODE=token" in variables,
         "a secret in a layer": not re.search(r"(?i)(password|secret|api_?key|_token)\w*=", variables),
         "files from an address": "ADD" not in of and not any(re.search(r"\b(curl|wget) http", r) for r in runs),

@@ -1,6 +1,7 @@
 """No code from data, no shell from configuration, no secret in what is kept, no port that the network reaches."""
 
 import ast
+import contextlib
 import json
 import os
 import pickle
@@ -13,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -20,6 +23,9 @@ from pipeline.checkpoint import MODEL_FILE, OPTIMIZER_FILE, load_model_state, lo
 from pipeline.command_line import ConfigurationError, parse
 from pipeline.errors import UserError
 from pipeline.initial_weights import load_initial_weights
+from pipeline.predict_config import PredictSettings
+from pipeline.prediction_inputs import list_inputs, read_column
+from pipeline.prediction_schema import read_plain_table
 from pipeline.shards import ShardSet
 from tests.jobs.running import ROOT, environment, write_small_experiment
 from tests.jobs.sockets import beyond_loopback, descendants, listening
@@ -122,6 +128,11 @@ def test_a_hostile_checkpoint_runs_nothing(form: str, tmp_path: Path) -> None:
         ("run.storage_path", "s3://AKIA:hunter2@bucket/runs"),
         ("data.root", "s3://bucket/data?region=a&secret_key=hunter2"),
         ("data.root", "https://host/data?X-Amz-Signature=hunter2"),
+        ("data.root", "https://host/data?X-Amz-Credential=hunter2"),
+        ("data.root", "https://host/data?sig=hunter2"),
+        ("data.root", "https://host/data?a=b&api_key=hunter2"),
+        ("run.mlflow_uri", "http://hunter2@mlflow"),
+        ("run.mlflow_uri", "postgresql://me:hunt/er2hunter2@database/mlflow"),
     ],
 )
 def test_a_secret_in_the_configuration_is_refused_and_not_shown(key: str, value: str) -> None:
@@ -187,3 +198,47 @@ def test_a_training_hears_the_loopback_alone_and_keeps_no_secret(tmp_path: Path,
         assert [str(path) for path in [*kept, *logs] if secret.encode() in path.read_bytes()] == []
     summaries = [line for line in text.splitlines() if line.startswith("{")]
     assert json.loads(summaries[-1])["steps"] > 0
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("column", ["bytes", "path", "key"])
+def test_a_hostile_table_runs_nothing(suffix: str, column: str, tmp_path: Path) -> None:
+    """Ray Data keeps Python objects as pickles under an extension type that it registers with Arrow."""
+    import ray.data  # noqa: F401 - registers it
+
+    proof, path = tmp_path / "proof", tmp_path / f"hostile.{suffix}"
+    stored = pa.array([pickle.dumps(Hostile(proof))], type=pa.large_binary())
+    mark = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
+    schema = pa.schema([pa.field(column, pa.large_binary(), metadata=mark), pa.field("plain", pa.string())])
+    table = pa.table([stored, pa.array(["a"])], schema=schema)
+    if suffix == "parquet":
+        pq.write_table(table, path, store_schema=True)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_table(table)
+    assert read_column(str(path), "plain") == ["a"], "what is plain in it can be read"
+    with pytest.raises(UserError, match=f"column {column} is of the extension type ray.data.arrow_pickled_object"):
+        read_column(str(path), column)
+    settings = PredictSettings(key_column="key" if column == "key" else None, path_column="path", bytes_column="plain")
+    with contextlib.suppress(UserError):
+        list_inputs(str(path), settings)
+    if suffix == "parquet":
+        with pytest.raises(UserError, match="which may hold code"):
+            read_plain_table(path.read_bytes(), str(path))
+    assert not proof.exists()
+    careless = pq.read_table(path) if suffix == "parquet" else pa.ipc.open_file(path).read_all()
+    careless[column].to_pylist()
+    assert proof.exists(), "and it is hostile"
+
+
+@pytest.mark.parametrize("option", ["images", "output"])
+def test_a_secret_in_an_option_of_a_job_is_refused_and_not_shown(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--{option} has a password or key in its address") as caught:
+        parse("", [f"--{option}", "s3://AKIA:hunter2@bucket/x"], optional={option: ""})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_secret_in_the_wrong_place_is_not_shown() -> None:
+    with pytest.raises(ConfigurationError, match=r"train\.epochs: ") as caught:
+        parse("", ["--train.epochs", "http://me:hunter2@mlflow"])
+    assert "hunter2" not in str(caught.value)

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import botocore.session
-import botocore.validate
 import pytest
 import yaml
 
-from pipeline.cluster_file import PLACEHOLDER, cluster_file_problems, read_cluster_file
+from pipeline.cluster_file import PLACEHOLDER, cluster_file_problems, read_cluster_file, storage_problems
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +77,12 @@ def put(value: Any, *keys: str) -> Callable[[Content], None]:
 
 
 TYPES = "available_node_types"
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+HEAD = f"ray start --head --num-cpus=0 --autoscaling-config={BOOTSTRAP}"
+OPTIONS = ["--env RAY_AUTH_MODE=token"]
+RULES = ("provider", "security_group", "IpPermissions")
+START = "head_start_ray_commands"
+NODE = "node_config"
 MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
     (AWS, put(3, "max_worker"), "max_worker"),
     (AWS, put("worker", "head_node_type"), "head_node_type"),
@@ -94,15 +98,15 @@ MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
     (AWS, put(["--shm-size=8g"], "docker", "run_options"), "RAY_AUTH_MODE=token"),
     (AWS, put({}, "file_mounts"), "no node knows the token"),
     (AWS, put(8, TYPES, "head", "resources", "CPU"), "available_node_types.head.resources: needs CPU: 0"),
-    (AWS, drop(TYPES, "ingest", "node_config", "SecurityGroupIds"), "ingest.node_config.SecurityGroupIds: name"),
+    (AWS, drop(TYPES, "ingest", NODE, "SecurityGroupIds"), "ingest.node_config.SecurityGroupIds: name"),
     (AWS, put(False, "provider", "use_internal_ips"), "public addresses"),
     (
         AWS,
-        put([{"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}], "provider", "security_group", "IpPermissions"),
+        put([{"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}], *RULES),
         "provider.security_group.IpPermissions.IpRanges.CidrIp: 0.0.0.0/0 lets the whole world in",
     ),
     (AWS, drop("setup_commands"), "Ray installs a build of its own"),
-    (AWS, put(["ray start --head"], "head_start_ray_commands"), "--autoscaling-config"),
+    (AWS, put(["ray start --head"], START), "--autoscaling-config"),
     (AWS, put(9, TYPES, "gpu", "max_workers"), "9 nodes cannot be had, max_workers of the cluster is 6"),
     (AWS, put(5, TYPES, "gpu", "min_workers"), "min_workers: is more than its max_workers"),
     (GCP, put("a", TYPES, "gpu", "node_types"), "node_types"),
@@ -110,13 +114,51 @@ MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
     (
         GCP,
         put([{"subnetwork": "a", "accessConfigs": [{"type": "ONE_TO_ONE_NAT"}]}],
-            TYPES, "ingest", "node_config", "networkInterfaces"),
+            TYPES, "ingest", NODE, "networkInterfaces"),
         "ingest.node_config.networkInterfaces: accessConfigs is a public address",
     ),
     (GCP, put(4, TYPES, "head", "resources", "CPU"), "needs CPU: 0"),
     (ON_PREMISE, drop("provider", "head_ip"), "head_ip"),
     (ON_PREMISE, put("10.0.0.11", "provider", "worker_ips"), "worker_ips"),
-    (ON_PREMISE, put(["ray start --head --autoscaling-config=a"], "head_start_ray_commands"), "add --num-cpus=0"),
+    (ON_PREMISE, put([f"ray start --head --autoscaling-config={BOOTSTRAP}"], START), "add --num-cpus=0"),
+    (AWS, put(4, TYPES, "head", "resources", "GPU"), "available_node_types.head: the head needs no GPU"),
+    (AWS, put("g6.12xlarge", TYPES, "head", NODE, "InstanceType"), "available_node_types.head: the head needs"),
+    (AWS, put(2, TYPES, "head", "max_workers"), "head.max_workers: has to be 0"),
+    (AWS, drop("max_workers"), "^max_workers: say how many"),
+    (AWS, drop(TYPES, "gpu", "max_workers"), "gpu.max_workers: say how many"),
+    (AWS, put(-1, TYPES, "gpu", "min_workers"), "gpu.min_workers: -1 "),
+    (AWS, put({"CPU": 48}, TYPES, "gpu", "resources"), "none beside the head has a GPU"),
+    (AWS, put({"CPU": 32, "GPU": 1}, TYPES, "ingest", "resources"), "none beside the head has CPUs alone"),
+    (AWS, put(4, TYPES, "gpu", "resources", "GPUS"), "gpu.resources.GPUS: Ray knows GPU alone"),
+    (AWS, put("m7i", TYPES, "gpu", NODE, "InstanceTyp"), 'gpu.node_config: Unknown parameter .*"InstanceTyp"'),
+    (AWS, drop(TYPES, "gpu", NODE, "InstanceType"), "gpu.node_config.InstanceType: is missing"),
+    (AWS, put("sport", TYPES, "gpu", NODE, "InstanceMarketOptions", "MarketType"), "has to be spot or"),
+    (AWS, put([{"Ebs": {"VolumeSize": "200"}}], TYPES, "gpu", NODE, "BlockDeviceMappings"), "VolumeSize"),
+    (AWS, put([{"AssociatePublicIpAddress": True}], TYPES, "gpu", NODE, "NetworkInterfaces"), "public address"),
+    (AWS, put("eu", "provider", "regoin"), "provider.regoin: no such key; did you mean region"),
+    (AWS, drop("provider", "region"), "provider.region: is missing"),
+    (AWS, put([*OPTIONS, "--shm-size=64m"], "docker", "run_options"), "--shm-size=64m: Ray's object store needs"),
+    (AWS, put([*OPTIONS, "--shm-size"], "docker", "run_options"), "--shm-size: Ray's object store needs"),
+    (AWS, put(["--env RAY_AUTH_MODE=disabled"], "docker", "worker_run_options"), "RAY_AUTH_MODE=token and no other"),
+    (AWS, put(["--shm-size=8g", "--env RAY_AUTH_MODE=tokens"], "docker", "run_options"), "RAY_AUTH_MODE=token"),
+    (AWS, put(["--env AWS_SECRET_ACCESS_KEY=a"], "docker", "head_run_options"), "AWS_SECRET_ACCESS_KEY would lie in"),
+    (AWS, put(["--privileged"], "docker", "head_run_options"), "--privileged gives a job the whole machine"),
+    (AWS, put([{"IpRanges": [{"CidrIp": "0.0.0.0/1"}]}], *RULES), "0.0.0.0/1 lets the whole world in"),
+    (AWS, put([{"Ipv6Ranges": [{"CidrIpv6": "::0/0"}]}], *RULES), "::0/0 lets the whole world in"),
+    (AWS, put([], "worker_start_ray_commands"), "worker_start_ray_commands: needs `ray start --address"),
+    (AWS, put(["ray start --address=$RAY_HEAD_IP:6380"], "worker_start_ray_commands"), "RAY_HEAD_IP:6379"),
+    (AWS, put(["ray strat --head"], START), "needs `ray start --head`"),
+    (AWS, put(["pip install ray==2.40.0"], "setup_commands"), "setup_commands: installs another Ray"),
+    (GCP, drop("provider", "project_id"), "project_id"),
+    (GCP, drop(TYPES, "gpu", NODE, "networkInterfaces"), "gpu.node_config.networkInterfaces: is missing"),
+    (GCP, put(None, TYPES, "gpu", NODE, "networkInterfaces"), "gpu.node_config.networkInterfaces: is missing"),
+    (GCP, put("n2", TYPES, "gpu", NODE, "machineTyp"), "machineTyp: no such key; did you mean machineType"),
+    (GCP, put("SPOTS", TYPES, "gpu", NODE, "scheduling", "provisioningModel"), "has to be SPOT or STANDARD"),
+    (ON_PREMISE, put(["--shm-size=8g", "--env RAY_AUTH_MODE=token"], "docker", "run_options"), "add --volume /shared"),
+    (ON_PREMISE, put(["10.0.0.10"], "provider", "worker_ips"), "holds head_ip, too"),
+    (ON_PREMISE, put("8.8.8.8", "provider", "head_ip"), "8.8.8.8 is a public address"),
+    (ON_PREMISE, put([HEAD.replace("--num-cpus=0", "--num-cpus=08")], START), "add --num-cpus=0"),
+    (ON_PREMISE, put([f"{HEAD} --num-gpus=8"], START), "the head needs no GPU"),
 ]  # fmt: skip
 
 
@@ -130,20 +172,18 @@ def test_a_mistake_is_named(name: str, change: Callable[[Content], None], expect
     assert "\n" not in found[0]
 
 
-def _ec2_problems(node_config: Content) -> str:
-    """What EC2's own description of RunInstances says of a node; Ray takes SubnetIds in place of SubnetId."""
-    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    parameters = {**node_config, "SubnetId": node_config["SubnetIds"][0], "MinCount": 1, "MaxCount": 1}
-    del parameters["SubnetIds"]
-    report: str = botocore.validate.ParamValidator().validate(parameters, shape).generate_report()
-    return report
-
-
-def test_nodes_are_what_ec2_takes() -> None:
-    types = filled_in(AWS)[TYPES]
-    assert {name: _ec2_problems(node["node_config"]) for name, node in types.items()} == dict.fromkeys(types, "")
-    wrong = {**types["gpu"]["node_config"], "InstanceMarketOption": {"MarketType": "spot"}}
-    assert 'Unknown parameter in input: "InstanceMarketOption"' in _ec2_problems(wrong)
+@pytest.mark.parametrize(
+    ("name", "folder", "is_seen"),
+    [
+        (AWS, "s3://bucket/runs", True),
+        (AWS, "/work/runs", False),
+        (ON_PREMISE, "/shared/runs", True),
+        (ON_PREMISE, "/shared2/runs", False),
+    ],
+)
+def test_folders_that_all_nodes_have_to_see(name: str, folder: str, is_seen: bool) -> None:
+    found = list(storage_problems(filled_in(name), {"run.storage_path": folder}))
+    assert [line.partition(":")[0] for line in found] == ([] if is_seen else ["run.storage_path"])
 
 
 def test_gpus_are_spot_and_eight() -> None:

@@ -35,7 +35,7 @@ TOKEN = "a-token-of-a-test"
 class Head:
     """What answers at the job server's address."""
 
-    mode = "token"
+    mode: str | None = "token"  # None: as a Ray that knows of no tokens
     ray_version = ray.__version__
 
 
@@ -54,7 +54,9 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Head]]]:
             }
             authorised = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             refused = Settings.mode == "token" and self.path == "/api/version" and not authorised
-            self.send_response((403 if self.headers.get("Authorization") else 401) if refused else 200)
+            unknown = Settings.mode is None and self.path == "/api/authentication_mode"
+            refusal = 403 if self.headers.get("Authorization") else 401
+            self.send_response(404 if unknown else refusal if refused else 200)
             self.end_headers()
             self.wfile.write(b"3.99.0" if self.path == "/version" else json.dumps(answers.get(self.path, {})).encode())
 
@@ -331,3 +333,41 @@ def test_nodes_are_asked(local_ray: None, tmp_path: Path) -> None:
     assert finding.text.startswith(f"{tmp_path}/train.json cannot be written")
     seen = list(sight_findings(reports, blocked, {finding.check}))
     assert [line.check for line in seen] == ["data.validation_sources.0.annotations"]
+
+
+def test_authentication_seen_from_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that waits for nodes, or that others can reach, is no laptop."""
+    from ray._private.authentication import authentication_utils
+
+    def found(nodes: list[dict[str, float]], autoscaler: bool, address: str, token: bool = False) -> bool:
+        monkeypatch.setattr(authentication_utils, "is_token_auth_enabled", lambda: token)
+        monkeypatch.setattr(cluster, "capacity", lambda: Capacity(nodes, autoscaler, None))
+        monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
+        (finding,) = doctor._authentication()
+        return finding.ok
+
+    one = [{"CPU": 2.0}]
+    assert found(one, False, "127.0.0.1")
+    assert not found(one, True, "127.0.0.1")
+    assert not found(one, False, "10.0.0.5")
+    assert not found(one * 2, False, "127.0.0.1")
+    assert found(one * 2, True, "10.0.0.5", token=True)
+
+
+def test_shards_alone_need_no_annotations(tmp_path: Path) -> None:
+    config = small_config(data={"root": str(tmp_path / "coco"), "shards": str(tmp_path / "shards")})
+    assert "data.sources.0.annotations" in needed_paths(config), "neither is there"
+    (tmp_path / "shards" / "training").mkdir(parents=True)
+    (tmp_path / "shards" / "training" / "manifest.json").write_text("{}")
+    assert needed_paths(config) == {}
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    (tmp_path / "coco" / "annotations" / "instances_train.json").write_text("{}")
+    assert "data.sources.0.images" in needed_paths(config)
+
+
+def test_a_head_that_knows_of_no_tokens_is_asked_for_its_version(head: tuple[str, type[Head]]) -> None:
+    head[1].mode = None
+    head[1].ray_version = "2.40.0"
+    assert wrong(job_server_findings(head[0])) == [
+        f"ray: 2.40.0 there, {ray.__version__} here; install the cluster's version, or use its image"
+    ]

@@ -84,3 +84,20 @@ def test_what_cannot_be_registered(uri: str, folder: Path) -> None:
         register(uri, "empty", bare, 0.1, "digest")
     with pytest.raises(UserError, match="cannot register a/b"):
         register(uri, "a/b", ended_run(uri, folder, "named"), 0.1, "digest")
+
+
+def test_a_run_that_was_trained_for_longer_is_another_version(uri: str, folder: Path) -> None:
+    run_id, rival = ended_run(uri, folder, "run"), ended_run(uri, folder, "rival")
+    assert register(uri, "coco", run_id, 0.2, "digest").version == 1
+    assert register(uri, "coco", rival, 0.3, "digest").champion
+    longer = register(uri, "coco", run_id, 0.5, "digest")
+    assert (longer.version, longer.champion) == (3, True)
+    assert register(uri, "coco", run_id, 0.5, "digest").version == 3
+
+
+def test_a_version_that_somebody_made_by_hand_is_left_alone(uri: str, folder: Path) -> None:
+    run_id = ended_run(uri, folder, "run")
+    client = MlflowClient(uri)
+    client.create_registered_model("coco")
+    client.create_model_version("coco", str(folder), run_id)
+    assert register(uri, "coco", run_id, 0.2, "digest").version == 2
