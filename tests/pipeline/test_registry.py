@@ -87,17 +87,17 @@ def test_what_cannot_be_registered(uri: str, folder: Path) -> None:
 
 
 def test_a_run_that_was_trained_for_longer_is_another_version(uri: str, folder: Path) -> None:
-    run_id, rival = ended_run(uri, folder, "run"), ended_run(uri, folder, "rival")
-    assert register(uri, "coco", run_id, 0.2, "digest").version == 1
-    assert register(uri, "coco", rival, 0.3, "digest").champion
-    longer = register(uri, "coco", run_id, 0.5, "digest")
+    run_id, rival = ended_run(uri, folder, "short"), ended_run(uri, folder, "rival")
+    assert register(uri, "longer", run_id, 0.2, "digest").version == 1
+    assert register(uri, "longer", rival, 0.3, "digest").champion
+    longer = register(uri, "longer", run_id, 0.5, "digest")
     assert (longer.version, longer.champion) == (3, True)
-    assert register(uri, "coco", run_id, 0.5, "digest").version == 3
+    assert register(uri, "longer", run_id, 0.5, "digest").version == 3
 
 
 def test_a_version_that_somebody_made_by_hand_is_left_alone(uri: str, folder: Path) -> None:
-    run_id = ended_run(uri, folder, "run")
+    run_id = ended_run(uri, folder, "plain")
     client = MlflowClient(uri)
-    client.create_registered_model("coco")
-    client.create_model_version("coco", str(folder), run_id)
-    assert register(uri, "coco", run_id, 0.2, "digest").version == 2
+    client.create_registered_model("by_hand")
+    client.create_model_version("by_hand", str(folder), run_id)
+    assert register(uri, "by_hand", run_id, 0.2, "digest").version == 2
