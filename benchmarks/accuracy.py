@@ -1,13 +1,13 @@
-"""Our recipe against torchvision's Mask R-CNN in its strongest form: AP after the same time, and after the same steps.
+"""Our recipe against a Mask R-CNN of torchvision's parts: AP after the same time, and after the same steps.
 
     python benchmarks/accuracy.py --config configs/nuclei.yaml --set data.root=FOLDER --minutes 12 --seeds 3
 
-The peer is torchvision's own model with the same backbone depth, widths, anchors and numbers of regions as the
-configuration, from scratch, and it gets everything around the model from us: the same images in the same order, the
-same augmentation, optimiser, schedule, clipping, precision, memory format, and as many processes of one core each. Of a
-recipe's tricks in the model itself it has torchvision's parts. Both are timed for some steps first; each then trains so
-many steps as fit into the minutes, with the schedule ending there. A third training is ours with as many steps as the
-peer had. Trainings follow each other in turn; AP is that of the last step, on the validation images.
+The peer is torchvision's model (the parts of maskrcnn_resnet50_fpn) with the same backbone depth, widths, anchors and
+numbers of regions as the configuration, from scratch, and it gets everything around the model from us: the same images
+in the same order, the same augmentation, optimiser, schedule, clipping, precision, memory format, and as many processes
+of one core each. Both are timed in turns first; each then trains so many steps as fit into the minutes, with the
+schedule ending there. A third training is ours with as many steps as the peer had. Trainings follow each other in turn;
+AP is that of the last step, on the validation images. Seconds say how long a training really took, evaluation left out.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import detection, resnet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, poolers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
@@ -55,7 +55,9 @@ from pipeline.worker import make_plan, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, THEIRS, OURS_AT_THEIR_STEPS = "ours", "torchvision", "ours, torchvision's steps"
-WARM_UP_STEPS, TIMED_STEPS = 3, 15
+WARM_UP_STEPS, TIMED_STEPS, TIMED_TURNS = 3, 60, 2
+OFF_FRACTION = 0.05  # of the time a training should have taken
+STRIDES = (4, 8, 16, 32)
 EVALUATION_BATCH_SIZE = 4
 THEIR_LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")  # in our order
 
@@ -76,6 +78,10 @@ class TorchvisionPeer(nn.Module):
             tuple((scale,) for scale in config.anchors.scales), (ratios,) * len(config.anchors.scales)
         )
         levels, canonical = list("0123"), config.roi.canonical_size
+        pools = [MultiScaleRoIAlign(levels, side, 2, canonical_scale=canonical) for side in (7, 14)]
+        for pool in pools:  # else guessed from the sizes of the first images, not of their canvas
+            pool.scales = [1 / stride for stride in STRIDES]
+            pool.map_levels = poolers.initLevelMapper(2, 5, canonical_scale=canonical)
         heads = detection.mask_rcnn
         masks = (config.mask_head.channels,) * config.mask_head.num_convolutions
         self.model = detection.MaskRCNN(
@@ -89,14 +95,20 @@ class TorchvisionPeer(nn.Module):
             rpn_post_nms_top_n_test=config.rpn.proposals_inference,
             rpn_nms_thresh=config.rpn.nms_threshold,
             rpn_batch_size_per_image=config.rpn.anchors_per_image,
-            box_roi_pool=MultiScaleRoIAlign(levels, 7, 2, canonical_scale=canonical),
+            box_roi_pool=pools[0],
             box_head=detection.faster_rcnn.TwoMLPHead(channels * 49, config.box_head.channels),
             box_predictor=detection.faster_rcnn.FastRCNNPredictor(config.box_head.channels, num_classes),
             box_batch_size_per_image=config.roi.rois_per_image,
-            mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2, canonical_scale=canonical),
+            mask_roi_pool=pools[1],
             mask_head=heads.MaskRCNNHeads(channels, masks, 1),
             mask_predictor=heads.MaskRCNNPredictor(masks[-1], masks[-1], num_classes),
+            box_score_thresh=config.detections.score_threshold,
+            box_nms_thresh=config.detections.nms_threshold,
+            box_detections_per_img=config.detections.max_per_image,
         )
+        # Boxes are decoded in the type of the deltas: in bf16 they would be rounded to two pixels.
+        for head in (self.model.rpn.head, self.model.roi_heads.box_predictor, self.model.roi_heads.mask_predictor):
+            head.register_forward_hook(lambda _module, _inputs, output: _in_float32(output))
 
     def _images(self, images: Tensor, sizes: Tensor) -> ImageList:
         canvas = (int(images.shape[2]), int(images.shape[3]))
@@ -120,6 +132,30 @@ class TorchvisionPeer(nn.Module):
         proposals, _ = self.model.rpn(views, features)
         found = self.model.roi_heads(features, proposals, views.image_sizes)[0]
         return [Detections(f["boxes"], f["scores"], f["labels"], f["masks"][:, 0]) for f in found]
+
+
+def _in_float32(output: Any) -> Any:
+    return output.float() if isinstance(output, Tensor) else type(output)(_in_float32(part) for part in output)
+
+
+def refuse_what_the_peer_lacks(config: ExperimentConfig) -> None:
+    """Settings of a recipe that only one side would have.
+
+    Raises:
+        SystemExit: with their names.
+    """
+    plain = {
+        "model.rpn.channels": config.model.rpn.channels == config.model.fpn.channels,
+        "model.mask_head.norm": config.model.mask_head.norm == "none",
+        "model.box_head.norm": config.model.box_head.norm == "none",
+        "augment.large_scale_jitter": config.augment.large_scale_jitter is None,
+        "optim.ema_decay": config.optim.ema_decay is None,
+        "train.synchronise_norms": not config.train.synchronise_norms,
+        "train.trainable_layers": config.train.trainable_layers == "all",
+        "train.gradient_compression": config.train.gradient_compression in (None, "none"),
+    }
+    if wrong := [name for name, is_plain in plain.items() if not is_plain]:
+        raise SystemExit(f"the comparison does not have {', '.join(wrong)}")
 
 
 def targets_of(batch: Batch) -> list[dict[str, Tensor]]:
@@ -155,6 +191,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures; trainings that stand there are kept")
     options = parser.parse_args()
     config = read_config(options.config, [entry.split("=", 1) for entry in options.set])
+    refuse_what_the_peer_lacks(config)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     data = prepare_data(config, options.folder)
     settings = [str(options.config), options.set, options.minutes]
     done: dict[str, Any] = {"settings": settings, "seconds_a_step": {}, "trainings": []}
@@ -163,19 +202,24 @@ def main() -> None:
         if raw["settings"] != json.loads(json.dumps(settings)):
             raise SystemExit(f"{options.json} holds trainings of other settings: {raw['settings']}")
         done = raw
-    for kind in (OURS, THEIRS):
-        if kind not in done["seconds_a_step"]:
-            done["seconds_a_step"][kind] = run(config, data, kind, 0, WARM_UP_STEPS + TIMED_STEPS, options.folder)[
-                "seconds_a_step"
-            ]
+    if not done["seconds_a_step"]:
+        turns: dict[str, list[float]] = {OURS: [], THEIRS: []}
+        for _ in range(TIMED_TURNS):
+            for kind, seconds in turns.items():
+                timed = run(config, data, kind, 0, WARM_UP_STEPS + TIMED_STEPS, options.folder, evaluated=False)
+                seconds.append(timed["seconds_a_step"])
+        done["seconds_a_step"] = {kind: statistics.mean(seconds) for kind, seconds in turns.items()}
+        print(json.dumps({"seconds_a_step": turns}), flush=True)
     steps = {kind: round(60 * options.minutes / seconds) for kind, seconds in done["seconds_a_step"].items()}
     steps[OURS_AT_THEIR_STEPS] = steps[THEIRS]
     for seed in range(options.seeds):
         for kind, number in steps.items():
             if not any((entry["kind"], entry["seed"]) == (kind, seed) for entry in done["trainings"]):
-                done["trainings"].append(
-                    {"kind": kind, "seed": seed, **run(config, data, kind, seed, number, options.folder)}
-                )
+                found = run(config, data, kind, seed, number, options.folder, evaluated=True)
+                done["trainings"].append({"kind": kind, "seed": seed, **found})
+                off = found["seconds"] / (number * done["seconds_a_step"][kind.partition(",")[0]]) - 1
+                if abs(off) > OFF_FRACTION:
+                    print(f"{kind}, seed {seed}: took {off:+.0%} of its time; was the machine busy?", flush=True)
                 print(json.dumps(done["trainings"][-1]), flush=True)
             show(table_of(done, options), options.json)
 
@@ -185,19 +229,23 @@ def read_config(path: Path, changes: list[list[str]]) -> ExperimentConfig:
     return with_changes(yaml.safe_load(path.read_text()), {key: yaml.safe_load(value) for key, value in changes})
 
 
-def run(config: ExperimentConfig, data: PreparedData, kind: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def run(
+    config: ExperimentConfig, data: PreparedData, kind: str, seed: int, steps: int, folder: Path, evaluated: bool
+) -> dict[str, Any]:
     """One training in as many processes as the recipe has workers; what its first process found."""
     train_settings = config.train.model_copy(update={"seed": seed, "max_steps": steps, "epochs": 1e6})
     config = config.model_copy(update={"train": train_settings})
     answer = folder / "answer.json"
     workers = config.scaling.num_workers
-    arguments = (config.model_dump(), data, kind, str(answer), f"tcp://127.0.0.1:{free_port()}")
+    arguments = (config.model_dump(), data, kind, str(answer), f"tcp://127.0.0.1:{free_port()}", evaluated)
     spawn(train, arguments, nprocs=workers)  # type: ignore[no-untyped-call]
     result: dict[str, Any] = json.loads(answer.read_text())
     return result
 
 
-def train(rank: int, settings: dict[str, Any], data: PreparedData, kind: str, answer: str, address: str) -> None:
+def train(
+    rank: int, settings: dict[str, Any], data: PreparedData, kind: str, answer: str, address: str, evaluated: bool
+) -> None:
     """What `pipeline.worker` does, without Ray, checkpoints and MLflow; the first process evaluates."""
     torch.set_num_threads(1)
     config = ExperimentConfig.model_validate(settings)
@@ -222,8 +270,8 @@ def train(rank: int, settings: dict[str, Any], data: PreparedData, kind: str, an
     if rank == 0:
         gaps = [after - before for before, after in zip(ends[WARM_UP_STEPS:], ends[WARM_UP_STEPS + 1 :], strict=False)]
         found: dict[str, Any] = {"steps": last_step, "seconds": round(ends[-1] - began, 1)}
-        found["seconds_a_step"] = statistics.median(gaps)
-        if last_step > WARM_UP_STEPS + TIMED_STEPS:
+        found["seconds_a_step"] = statistics.mean(gaps) if gaps else ends[-1] - began
+        if evaluated:
             found |= average_precision(judge(model, validation, dtype), len(validation), shards.manifest.num_classes)
         Path(answer).write_text(json.dumps(found))
     torch.distributed.barrier()
