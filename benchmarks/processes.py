@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
-PARENT, SESSION, TIMES = 1, 3, slice(11, 15)  # fields behind the name
+PARENT, SESSION, OWN_TIMES, TIMES = 1, 3, slice(11, 13), slice(11, 15)  # fields behind the name
 
 
 def _fields(process: int) -> list[str]:
@@ -42,6 +42,25 @@ def session(leader: int) -> list[int]:
 def cpu_seconds(processes: Iterable[int]) -> float:
     """User and system time of processes, and of those of their children that have ended."""
     return sum(int(number) for process in processes for number in _fields(process)[TIMES]) / TICKS
+
+
+class SessionMeter:
+    """CPU time of all processes that a session has ever had, as far as they were looked at before they ended."""
+
+    def __init__(self, leader: int) -> None:
+        self._leader = leader
+        self._ticks: dict[int, int] = {}
+
+    def look(self) -> None:
+        """Note what each process has used so far."""
+        for process, fields in _all():
+            if int(fields[SESSION]) == self._leader:
+                self._ticks[process] = sum(map(int, fields[OWN_TIMES]))
+
+    def seconds(self) -> float:
+        """Of all together; never falls, whichever process ends."""
+        self.look()
+        return sum(self._ticks.values()) / TICKS
 
 
 def private_megabytes(processes: Iterable[int]) -> float:
