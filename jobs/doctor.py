@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> None:
             problems = [*placeholders(content), *rayjob_problems(content)]
         else:
             problems = cluster_file_problems(options.cluster)
-            problems += [] if problems else storage_problems(content, shared_folders(config.base()))
+            if not problems and os.path.isabs(config.run.storage_path):  # the default is for one machine
+                problems += storage_problems(content, shared_folders(config.base()))
         for problem in problems:
             tell(fix("cluster file", f"{options.cluster}: {problem}"))
         if not problems:

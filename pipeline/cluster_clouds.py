@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -56,17 +57,15 @@ def _unknown(where: str, given: Iterable[str], known: tuple[str, ...]) -> Iterat
 
 def _ec2_problems(where: str, node_config: dict[str, Any]) -> Iterator[str]:
     """By EC2's own description of RunInstances; Ray takes SubnetIds in place of SubnetId."""
-    import botocore.session
     import botocore.validate
 
     for key in ("InstanceType", "ImageId", "SubnetIds"):
         if not node_config.get(key):
             yield f"{where}.{key}: is missing"
-    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     subnets = node_config.get("SubnetIds") or ["given"]
     parameters = {key: value for key, value in node_config.items() if key != "SubnetIds"}
     parameters |= {"SubnetId": subnets[0], "MinCount": 1, "MaxCount": 1}
-    report: str = botocore.validate.ParamValidator().validate(parameters, shape).generate_report()
+    report: str = botocore.validate.ParamValidator().validate(parameters, _run_instances()).generate_report()
     yield from (f"{where}: {line}" for line in report.splitlines())
     market = node_config.get("InstanceMarketOptions")
     if isinstance(market, dict) and market.get("MarketType") not in MARKETS:
@@ -74,6 +73,14 @@ def _ec2_problems(where: str, node_config: dict[str, Any]) -> Iterator[str]:
     for interface in node_config.get("NetworkInterfaces") or []:
         if isinstance(interface, dict) and interface.get("AssociatePublicIpAddress"):
             yield f"{where}.NetworkInterfaces: AssociatePublicIpAddress is a public address"
+
+
+@functools.lru_cache(maxsize=1)
+def _run_instances() -> Any:
+    """EC2's description of what it takes; a second to load."""
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
 def _compute_engine_problems(where: str, node_config: dict[str, Any]) -> Iterator[str]:

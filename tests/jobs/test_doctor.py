@@ -34,6 +34,19 @@ def test_a_cluster_file(tmp_path: Path) -> None:
         outcome = run_job("doctor", "--config", config, "--cluster", str(tmp_path / "cluster.yaml"))
         assert outcome.exit_code == 0, outcome.errors
         assert outcome.output.startswith("ok   cluster file: ")
+    arguments = ("--config", "configs/demo.yaml", "--run.storage_path", "/work/runs")
+    outcome = run_job("doctor", *arguments, "--cluster", str(tmp_path / "cluster.yaml"))
+    assert outcome.exit_code == 1
+    assert "run.storage_path: /work/runs is a folder of one node alone" in outcome.output
+
+
+def test_a_rayjob(tmp_path: Path) -> None:
+    text = (ROOT / "configs/kuberay/rayjob-train.yaml").read_text().replace("REPLACE_ME", "given")
+    for content, exit_code in ((text, 0), (text.replace("jobs/train.py --config", "jobs/train.py --confg"), 1)):
+        (tmp_path / "job.yaml").write_text(content)
+        outcome = run_job("doctor", "--config", "configs/demo.yaml", "--cluster", str(tmp_path / "job.yaml"))
+        assert outcome.exit_code == exit_code, outcome.output
+    assert "entrypoint: confg: no such key" in outcome.output
 
 
 def test_a_clean_clone_is_small(tmp_path: Path) -> None:
