@@ -132,7 +132,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         f"{row['machine']['date']}"
         for row in rows
     ]
-    return "\n".join([*lines, "", f"Run on: {'; '.join(machines)}."])
+    return "\n".join([*lines, *(["", f"Run on: {'; '.join(machines)}."] if machines else [])])
 
 
 def main() -> None:
