@@ -163,6 +163,7 @@ def test_a_run_that_was_begun_but_not_written_down_is_found_again(uri: str, tmp_
 def test_in_a_folder_that_was_deleted_another_run_begins(uri: str, tmp_path: Path) -> None:
     first = make_tracker(uri, tmp_path)
     killed = started(first, {"seed": "3"})
+    wait_until(lambda: bool(MlflowClient(uri).get_run(killed).data.params))
     shutil.rmtree(tmp_path / "a-run")
     second = make_tracker(uri, tmp_path)
     assert started(second, {"seed": "4"}) != killed
