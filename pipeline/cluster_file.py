@@ -1,7 +1,7 @@
 """What is wrong with a cluster.yaml, found without a cloud: `ray up` has no dry run.
 
 Ray's own schema and defaults (private parts of Ray, the version of which is pinned), and the rules of ours that keep a
-cluster safe and its nodes alike. What a cloud makes of `node_config` only the cloud can say.
+cluster safe and its nodes alike. What its cloud would refuse is in `pipeline.cluster_clouds`.
 """
 
 from __future__ import annotations

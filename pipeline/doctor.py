@@ -64,14 +64,14 @@ def check_at_start(config: ExperimentConfig, say: Say, reads_data: bool = True) 
     Args:
         config: what the job needs.
         say: takes a line for a person to read.
-        reads_data: whether it reads the data set of the configuration.
+        reads_data: whether it reads the data set of the configuration, and writes into its storage.
 
     Raises:
         UserError: nodes differ in their versions, or do not see what the job needs.
     """
     if len(cluster.capacity().nodes) < 2:
         return
-    reports, findings = ask_nodes(config)
+    reports, findings = ask_nodes(config if reads_data else None)
     unwritten = {finding.check for finding in findings}
     findings += version_findings(reports)
     findings += sight_findings(reports, config, unwritten) if reads_data else []

@@ -28,8 +28,7 @@ from pipeline.views import Viewing, detect_views, unite, views_of
 FREE_IN_INFERENCE = (
     "weights", "losses.", "detections.", "mask_head.targets", "rpn.nms_threshold", "rpn.pre_nms_top_k",
     "rpn.proposals_", "rpn.min_size", "rpn.anchors_per_image", "rpn.positive_", "rpn.negative_iou",
-    "roi.rois_per_image", "roi.positive_",
-    "roi.add_ground_truth", "roi.fixed_ratio",
+    "roi.rois_per_image", "roi.positive_", "roi.add_ground_truth", "roi.fixed_ratio",
 )  # fmt: skip
 """Keys of the model that only its training looks at, or that choose among what it finds."""
 

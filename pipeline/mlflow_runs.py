@@ -63,13 +63,13 @@ def run_with_tag(client: Any, experiment_id: str, tag: str, value: str, further:
     return next(iter(client.search_runs([experiment_id], " and ".join(wanted), max_results=1)), None)
 
 
-def was_begun_otherwise(run: Any, parameters: Mapping[str, str]) -> bool:
-    """Whether a run that was found by its folder has other parameters: the folder was deleted since."""
-    known = run.data.params
-    return any(
-        known.get(key, value[:MAX_PARAMETER_LENGTH]) != value[:MAX_PARAMETER_LENGTH]
-        for key, value in parameters.items()
-    )
+def run_of_folder(client: Any, experiment_id: str, run_folder: str, further: str, parameters: Mapping[str, str]) -> Any:
+    """The latest run of a folder; None without one, and where it has other parameters: the folder was deleted since."""
+    run = run_with_tag(client, experiment_id, RUN_TAG, run_folder, further)
+    logged = {key: value[:MAX_PARAMETER_LENGTH] for key, value in parameters.items()}
+    if run is None or any(run.data.params.get(key, value) != value for key, value in logged.items()):
+        return None
+    return run
 
 
 def answers(client: Any) -> bool:

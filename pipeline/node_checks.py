@@ -53,20 +53,10 @@ class NodeReport:
 
 def needed_paths(config: ExperimentConfig) -> dict[str, str]:
     """Files and folders that have to be there before a job begins, by the key that names them."""
-    if config.data.synthetic is not None:
+    from pipeline import prepare  # which loads more than a node needs that is only asked
+
+    if config.data.synthetic is not None or prepare.shards_alone(config) is not None:
         return {}
-    from pipeline.shards import MANIFEST
-
-    paths = _paths_of_data(config)
-    if config.data.shards is not None and not any(storage.exists(path) for path in paths.values()):
-        manifest = storage.join(storage.absolute(config.data.shards), f"training/{MANIFEST}")
-        return (
-            {} if storage.exists(manifest) else paths
-        )  # shards that were brought without the files they were made from
-    return paths
-
-
-def _paths_of_data(config: ExperimentConfig) -> dict[str, str]:
     paths = {}
     for key in ("sources", "validation_sources"):
         for number, source in enumerate(getattr(config.data, key)):
@@ -85,21 +75,25 @@ def shared_folders(config: ExperimentConfig) -> dict[str, str]:
     return folders
 
 
-def ask_nodes(config: ExperimentConfig) -> tuple[list[NodeReport], list[Finding]]:
+def ask_nodes(config: ExperimentConfig | None) -> tuple[list[NodeReport], list[Finding]]:
     """Reports of all nodes that answer in time, and what went wrong in asking; Ray has to be running.
 
     A file is written from here into every shared folder, looked for from all nodes, and removed again.
+
+    Args:
+        config: what they have to see; None where only they themselves matter.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    marks, findings = _write_marks(config)
+    marks, findings = _write_marks(config) if config is not None else ({}, [])
+    paths = needed_paths(config) if config is not None else {}
     try:
         asked = {}
         for node in (node for node in ray.nodes() if node["Alive"]):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            asked[task.remote(_name(node), marks, needed_paths(config), node["Resources"])] = _name(node)
+            asked[task.remote(_name(node), marks, paths, node["Resources"])] = _name(node)
         done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
         reports = []
         for answer in done:
@@ -219,23 +213,23 @@ def sight_findings(
         config: what was asked for.
         unwritten: keys of shared folders that could not be written, of which nothing can be said.
     """
-    for key, path in (shared_folders(config) | needed_paths(config)).items():
+    shared, needed = shared_folders(config), needed_paths(config)
+    for key, path in (shared | needed).items():
         if key in unwritten:
             continue
         blind = {report.name: report.unseen[key] for report in reports if key in report.unseen}
         if not blind:
-            if key in shared_folders(config):
+            if key in shared:
                 yield well(key, f"{path}: written here, read on {_nodes(len(reports))}")
             continue
         who = f"{', '.join(blind)} ({next(iter(blind.values()))})"
-        if key in shared_folders(config):
+        if key in shared:
             yield fix(
                 key, f"what is written here is not seen by {who}; take a folder that all nodes mount, or a bucket"
             )
         else:
             yield fix(key, f"not seen by {who}; bring it there, or take a folder that all nodes mount, or a bucket")
-    missing = [key for key in needed_paths(config) if any(key in report.unseen for report in reports)]
-    if needed_paths(config) and not missing:
+    if needed and not any(key in report.unseen for key in needed for report in reports):
         yield well("data", f"annotations and images below {config.data.root} are reached from {_nodes(len(reports))}")
 
 

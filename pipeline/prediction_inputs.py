@@ -232,13 +232,8 @@ def _open(path: str) -> Any:
 def table_columns(path: str) -> list[str]:
     """Names of the columns of a Parquet or Arrow IPC file."""
     with _open(path) as file:
-        return list(_schema_of(path, file).names)
-
-
-def _schema_of(path: str, file: Any) -> Any:
-    schema = pq.ParquetFile(file).schema_arrow if _is_parquet(path) else _open_ipc(file).schema
-    file.seek(0)
-    return schema
+        schema = pq.ParquetFile(file).schema_arrow if _is_parquet(path) else _open_ipc(file).schema
+        return list(schema.names)
 
 
 def num_rows(path: str) -> int:
@@ -268,7 +263,6 @@ def read_column(path: str, column: str, first: int = 0, last: int | None = None)
     """Values of a column from row `first` to row `last`, excluded; of a Parquet file only its row groups are read."""
     values: list[Any] = []
     with _open(path) as file:
-        check_plain(_schema_of(path, file), path, [column])
         seen = 0
         for size, batches in _pieces(path, file, column):
             start, end = seen, seen + size
@@ -289,9 +283,14 @@ def read_column(path: str, column: str, first: int = 0, last: int | None = None)
 
 
 def _pieces(path: str, file: Any, column: str) -> Iterator[tuple[int, Any]]:
-    """Rows of each piece that can be skipped, and what reads its column in arrays."""
+    """Rows of each piece that can be skipped, and what reads its column in arrays.
+
+    Raises:
+        UserError: the column is of an extension type, see `check_plain`.
+    """
     if _is_parquet(path):
         parquet = pq.ParquetFile(file)
+        check_plain(parquet.schema_arrow, path, [column])
         for group in range(parquet.num_row_groups):
             yield (
                 parquet.metadata.row_group(group).num_rows,
@@ -300,5 +299,7 @@ def _pieces(path: str, file: Any, column: str) -> Iterator[tuple[int, Any]]:
                 ),
             )
         return
-    for batch in _batches(_open_ipc(file)):
+    reader = _open_ipc(file)
+    check_plain(reader.schema, path, [column])
+    for batch in _batches(reader):
         yield batch.num_rows, lambda batch=batch: [batch.column(batch.schema.get_field_index(column))]

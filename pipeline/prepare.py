@@ -104,12 +104,11 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     Raises:
         UserError: data that cannot be trained on.
     """
+    ready = shards_alone(config)
+    if ready is not None:
+        return ready
     data = config.data
     root = storage.absolute(data.root)
-    if data.shards is not None and not _any_annotations(config, root):
-        ready = _shards_alone(storage.absolute(data.shards))
-        if ready is not None:
-            return ready
     if data.synthetic is not None and write_shapes(root, data.synthetic):
         say(f"data: wrote the shapes data set to {root}")
     training_files = [read_coco_file(source, root) for source in data.sources]
@@ -137,8 +136,11 @@ def _any_annotations(config: ExperimentConfig, root: str) -> bool:
     )
 
 
-def _shards_alone(folder: str) -> CheckedData | None:
-    """Shards that were brought without the files they were made from; None where they are not there either."""
+def shards_alone(config: ExperimentConfig) -> CheckedData | None:
+    """Shards that were brought without the files they were made from; None where those, or no shards, are there."""
+    if config.data.shards is None or _any_annotations(config, storage.absolute(config.data.root)):
+        return None
+    folder = storage.absolute(config.data.shards)
     folders = {name: storage.join(folder, name) for name in ("training", "validation")}
     if not all(storage.exists(storage.join(path, MANIFEST)) for path in folders.values()):
         return None

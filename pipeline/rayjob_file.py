@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster_file import LEAST_SHARED_MEMORY
 from pipeline.command_line import ConfigurationError, parse
 from pipeline.sweep_config import SweepConfig
 
@@ -23,7 +24,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tune": {},
     "prepare": {},
     "predict": {"extra": {"checkpoint": "", "images": "", "output": ""}},
-    "evaluate": {"optional": {"checkpoint": "", "predictions": "", "output": ""}},
 }
 """Options of each job beside the configuration's keys."""
 NEEDED = (
@@ -32,10 +32,10 @@ NEEDED = (
 )  # fmt: skip
 LONGEST = {"activeDeadlineSeconds": 30 * 86400, "preRunningDeadlineSeconds": 86400, "backoffLimit": 10,
            "ttlSecondsAfterFinished": 86400}  # fmt: skip
+SUBMITTER = "submitter"  # the one pod that runs no Ray
 GPU = "nvidia.com/gpu"
 GPU_TOLERATION = {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-LEAST_SHARED_MEMORY = 10**9
 
 
 def rayjob_problems(job: Content) -> list[str]:
@@ -86,20 +86,21 @@ def rayjob_problems(job: Content) -> list[str]:
         *[name for name, holds in rules.items() if not holds],
         *entrypoint_problems(spec["entrypoint"], sum(_gpus_of(group) * group["maxReplicas"] for group in groups)),
         *[problem for name, pod in pods(job) for problem in pod_problems(name, pod)],
+        *[problem for name, pod in pods(job) if name != SUBMITTER for problem in _shared_memory_problems(name, pod)],
     ]
 
 
 def pods(job: Content) -> Iterator[tuple[str, Content]]:
     """Spec of every kind of pod of a RayJob."""
     cluster = job["spec"]["rayClusterSpec"]
-    yield "submitter", job["spec"]["submitterPodTemplate"]["spec"]
+    yield SUBMITTER, job["spec"]["submitterPodTemplate"]["spec"]
     yield "head", cluster["headGroupSpec"]["template"]["spec"]
     for group in cluster["workerGroupSpecs"]:
         yield group["groupName"], group["template"]["spec"]
 
 
 def pod_problems(name: str, pod: Content) -> Iterator[str]:
-    """What a pod lacks: a user, bounds, room for the object store, GPUs that it may reach."""
+    """What a pod lacks: a user, bounds, GPUs that it may reach."""
     if not pod.get("securityContext", {}).get("runAsNonRoot"):
         yield f"{name}: may run as root"
     reaches = pod.get("hostNetwork") or pod.get("hostPID") or pod.get("hostIPC")
@@ -127,11 +128,10 @@ def pod_problems(name: str, pod: Content) -> Iterator[str]:
                 yield f"{name}: no token wanted"
         if GPU in resources.get("limits", {}) and GPU_TOLERATION not in pod.get("tolerations", []):
             yield f"{name}: no toleration of GPU nodes"
-    if name not in ("submitter", "postgresql", "mlflow"):
-        yield from _shared_memory_problems(name, pod)
 
 
 def _shared_memory_problems(name: str, pod: Content) -> Iterator[str]:
+    """Room for Ray's object store."""
     (container, *_) = pod["containers"]
     mounts = [mount["name"] for mount in container.get("volumeMounts", []) if mount["mountPath"] == "/dev/shm"]
     volumes = {volume["name"]: volume.get("emptyDir", {}) for volume in pod.get("volumes", [])}
@@ -193,10 +193,10 @@ def entrypoint_problems(entrypoint: str, num_gpus: int) -> Iterator[str]:
         return
     config: SweepConfig = options.experiment
     places = {"run.storage_path": config.run.storage_path}
-    if job in ("train", "tune", "prepare", "evaluate"):
-        places["data.root"] = config.data.root
     if job == "predict":
         places |= {"images": options.images, "output": options.output}
+    else:
+        places["data.root"] = config.data.root
     yield from (f"entrypoint: {key} {value} is no bucket" for key, value in places.items() if "://" not in value)
     if not str(config.run.mlflow_uri).startswith(("http://", "https://")):
         yield "entrypoint: no MLflow server"
@@ -207,7 +207,7 @@ def entrypoint_problems(entrypoint: str, num_gpus: int) -> Iterator[str]:
             "train": config.scaling.num_workers,
             "tune": config.scaling.num_workers * (config.sweep.max_concurrent_trials or 1),
             "predict": config.predict.num_workers or 1,
-        }.get(job, 1)
+        }.get(job, 0)
         if wanted > num_gpus:
             yield f"entrypoint: {wanted} workers for {num_gpus} GPUs"
     elif job != "prepare":

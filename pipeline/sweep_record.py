@@ -18,8 +18,7 @@ from pipeline.mlflow_runs import (
     first_line,
     log_parameters,
     run_if_there,
-    run_with_tag,
-    was_begun_otherwise,
+    run_of_folder,
 )
 
 
@@ -58,10 +57,7 @@ class SweepRecord:
         client = self._client()
         experiment_id = find_experiment(client, self._experiment, self._artifacts_folder)
         further = f"tags.`{PARENT_TAG}` = '{parent}'" if parent else "attributes.status = 'RUNNING'"
-        run = run_if_there(client, known)
-        if run is None:
-            run = run_with_tag(client, experiment_id, RUN_TAG, run_folder, further)
-            run = None if run is not None and was_begun_otherwise(run, parameters) else run
+        run = run_if_there(client, known) or run_of_folder(client, experiment_id, run_folder, further, parameters)
         if run is not None:
             client.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)

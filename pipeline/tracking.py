@@ -33,8 +33,8 @@ from pipeline.mlflow_runs import (
     first_line,
     log_parameters,
     run_if_there,
+    run_of_folder,
     run_with_tag,
-    was_begun_otherwise,
 )
 
 NAMESPACE = "mask-rcnn"
@@ -284,8 +284,8 @@ class Tracker:
         run = run or run_with_tag(client, experiment_id, JOURNAL_TAG, self._journal.mark.token)
         if run is None and is_fresh:
             # Begun by an attempt that did not live to write it down; not the finished one of a deleted folder.
-            run = run_with_tag(client, experiment_id, RUN_TAG, self._run_folder, "attributes.status = 'RUNNING'")
-            run = None if run is not None and was_begun_otherwise(run, self._parameters) else run
+            running = "attributes.status = 'RUNNING'"
+            run = run_of_folder(client, experiment_id, self._run_folder, running, self._parameters)
         if run is None:
             tags = {RUN_TAG: self._run_folder, JOURNAL_TAG: self._journal.mark.token}
             run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)

@@ -303,8 +303,8 @@ def ranked(trials: Sequence[Trial], settings: SweepSettings) -> list[Trial]:
     """Trials that reached something, the best first, of equals the earliest."""
     sign = -1.0 if settings.larger_is_better else 1.0
     values = {trial.number: trial.value(settings) for trial in trials}
-    reached = [trial for trial in trials if values[trial.number] is not None]
-    return sorted(reached, key=lambda trial: (sign * (values[trial.number] or 0.0), trial.number))
+    judged = [trial for trial in trials if values[trial.number] is not None]
+    return sorted(judged, key=lambda trial: (sign * (values[trial.number] or 0.0), trial.number))
 
 
 def delete_checkpoints(run_folder: str) -> None:

@@ -34,10 +34,10 @@ def test_a_cluster_file(tmp_path: Path) -> None:
         outcome = run_job("doctor", "--config", config, "--cluster", str(tmp_path / "cluster.yaml"))
         assert outcome.exit_code == 0, outcome.errors
         assert outcome.output.startswith("ok   cluster file: ")
-    arguments = ("--config", "configs/demo.yaml", "--run.storage_path", "/work/runs")
+    arguments = ("--config", "configs/demo.yaml", "--run.storage_path", "/elsewhere/runs")
     outcome = run_job("doctor", *arguments, "--cluster", str(tmp_path / "cluster.yaml"))
     assert outcome.exit_code == 1
-    assert "run.storage_path: /work/runs is a folder of one node alone" in outcome.output
+    assert "run.storage_path: /elsewhere/runs is a folder of one node alone" in outcome.output
 
 
 def test_a_rayjob(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_mistake_is_named(name: str, change: Callable[[Content], None], expect
     ("name", "folder", "is_seen"),
     [
         (AWS, "s3://bucket/runs", True),
-        (AWS, "/work/runs", False),
+        (AWS, "/elsewhere/runs", False),
         (ON_PREMISE, "/shared/runs", True),
         (ON_PREMISE, "/shared2/runs", False),
     ],
