@@ -89,27 +89,9 @@ def parse(
     Raises:
         ConfigurationError: unknown key, wrong type, value out of range, file that cannot be read.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        description=description,
-        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
-        formatter_class=_help_formatter(config_type),
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the keys below; may be given repeatedly"
-    )
-    parser.add_argument("--debug", action="store_true", help="show Ray's messages, and tracebacks of errors")
-    for name, help_text in (extra or {}).items():
-        parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
-    for name, help_text in (optional or {}).items():
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
-    for name, help_text in (flags or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=help_text)
-    for name, field in config_type.model_fields.items():
-        parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
+    parser = _make_parser(description, extra or {}, optional or {}, flags or {}, config_type)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
         namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
@@ -131,6 +113,38 @@ def parse(
         if isinstance(value, str) and has_secret(value):
             raise ConfigurationError(f"--{name} has a password or key in its address; {SECRET_ADVICE}")
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
+
+
+def _make_parser(
+    description: str,
+    extra: Mapping[str, str],
+    optional: Mapping[str, str],
+    flags: Mapping[str, str],
+    config_type: type[ExperimentConfig],
+) -> Any:
+    """The parser of a job's options and of every key of the configuration."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        description=description,
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
+        formatter_class=_help_formatter(config_type),
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the keys below; may be given repeatedly"
+    )
+    parser.add_argument("--debug", action="store_true", help="show Ray's messages, and tracebacks of errors")
+    for name, help_text in extra.items():
+        parser.add_argument(f"--{name}", type=str, required=True, help=help_text)
+    for name, help_text in optional.items():
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
+    for name, help_text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
+    for name, field in config_type.model_fields.items():
+        parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
+    return parser
 
 
 def _without_secrets(message: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pipeline.rayjob_file import entrypoint_problems, pod_problems, quantity, rayjob_problems
+from pipeline.rayjob_file import OPTIONS, entrypoint_problems, pod_problems, quantity, rayjob_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = Path(os.environ.get("RAYJOB_SCHEMA", ROOT.parent / "shared" / "k8s" / "rayjob-v1.schema.json.gz"))
@@ -179,6 +179,13 @@ def test_there_are_as_many_gpus_as_the_jobs_ask_for() -> None:
         assert list(entrypoint_problems(entrypoint, number - 1)) == [
             f"entrypoint: {number} workers for {number - 1} GPUs"
         ]
+
+
+def test_the_options_are_those_of_the_jobs() -> None:
+    for job, options in OPTIONS.items():
+        text = (ROOT / "jobs" / f"{job}.py").read_text()
+        names = {name for group in options.values() for name in group}
+        assert [name for name in sorted(names) if f'"{name}": ' not in text] == []
 
 
 @pytest.mark.parametrize(
