@@ -51,7 +51,7 @@ from pipeline.optim import build_optimizer
 from pipeline.prepare import PreparedData
 from pipeline.shards import ShardSet
 from pipeline.training import autocast_dtype, check_finite, data_parallel_options, gradient_scaler, train_step
-from pipeline.worker import make_plan, total_steps
+from pipeline.training_plan import make_plan, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, THEIRS, OURS_AT_THEIR_STEPS = "ours", "torchvision", "ours, torchvision's steps"

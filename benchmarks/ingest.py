@@ -127,7 +127,7 @@ def run_stream(pipe: Connection, folder: str, image_format: str, epochs: int) ->
     from pipeline.prepare import prepare
     from pipeline.shards import ShardSet
     from pipeline.stream import LoadBlock, planned_blocks, split_stream, steps_per_block
-    from pipeline.worker import make_plan
+    from pipeline.training_plan import make_plan
 
     config = ExperimentConfig.model_validate(
         {

@@ -48,7 +48,7 @@ from pipeline.prepare import PreparedData, check, write
 from pipeline.shards import ShardSet
 from pipeline.stream import LoadBlock
 from pipeline.training import autocast_dtype, check_finite, compress_gradients, gradient_scaler, train_step
-from pipeline.worker import make_plan, total_steps
+from pipeline.training_plan import make_plan, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "plain"

@@ -36,7 +36,7 @@ from pipeline.optim import build_optimizer
 from pipeline.prepare import PreparedData, check, write
 from pipeline.shards import ShardSet
 from pipeline.training import autocast_dtype, train_step
-from pipeline.worker import make_plan, total_steps
+from pipeline.training_plan import make_plan, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 70

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     if not batch_size.isdigit() or int(batch_size) < 1:
         raise ConfigurationError(f"--batch_size {batch_size}: has to be a whole number of at least 1")
 
-    from pipeline.checkpoint import resolve_checkpoint
+    from pipeline.checkpoint_reference import resolve_checkpoint
     from pipeline.export import export_checkpoint
 
     run = options.experiment.run

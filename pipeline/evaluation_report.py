@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from pipeline.evaluation_analysis import LvisFields, analyse
 from pipeline.evaluation_gallery import make_gallery
 from pipeline.evaluation_page import render
 from pipeline.initial_weights import Say
-from pipeline.mlflow_runs import default_uri, flatten
+from pipeline.mlflow_place import artifacts_folder, tracking_uri
+from pipeline.mlflow_runs import flatten
 from pipeline.shards import ShardSet
 from pipeline.tracking import Tracker
 
@@ -86,17 +86,13 @@ def record(
     Returns:
         Id of the run, None where MLflow cannot be reached.
     """
-    storage_path = storage.absolute(config.run.storage_path)
     try:
-        uri = config.run.mlflow_uri or default_uri(storage_path)
+        uri = tracking_uri(config)
     except UserError as error:
         say(f"warning: not recorded in MLflow: {error}")
         return None
-    artifacts = None
-    if uri.startswith("sqlite:") and not storage.is_url(storage_path):
-        os.makedirs(storage_path, exist_ok=True)
-        artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    tracker = Tracker(uri, config.run.mlflow_experiment, f"evaluate {title}"[:200], folder, artifacts)
+    arguments = (config.run.mlflow_experiment, f"evaluate {title}"[:200], folder, artifacts_folder(config))
+    tracker = Tracker(uri, *arguments)
     run_id = tracker.start(None, {"evaluated": title, **flatten(config.model_dump(mode="json"))})
     further = {f"{kind}_{name}": value for kind in ("bbox", "segm") for name, value in _further(report, kind).items()}
     tracker.log(0, {**metrics, **further})

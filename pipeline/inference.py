@@ -15,7 +15,8 @@ from model.mask_rcnn import MaskRCNN
 from model.masks import paste_masks
 from model.structures import Detections
 from model.weights import is_import
-from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description, resolve_checkpoint
+from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description
+from pipeline.checkpoint_reference import resolve_checkpoint
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError

@@ -15,7 +15,8 @@ from model.mask_rcnn import MaskRCNN
 from model.source_weights import SourceTensor, SourceWeights, WeightsError, one_line
 from model.weights import Report, fit_weights, is_import, read_weights
 from pipeline import run_state, storage
-from pipeline.checkpoint import judged_file, read_description, read_model_state, resolve_checkpoint
+from pipeline.checkpoint import judged_file, read_description, read_model_state
+from pipeline.checkpoint_reference import resolve_checkpoint
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import run_state, storage
@@ -21,21 +18,26 @@ from pipeline.checkpoint_store import CheckpointStore, best, check_writable
 from pipeline.cluster import GROUP_START_SECONDS, Placement, place_workers
 from pipeline.config import ExperimentConfig, ScalingSettings
 from pipeline.doctor import check_at_start
-from pipeline.errors import Terminated, UserError
+from pipeline.errors import Terminated, UserError, last_line
 from pipeline.initial_weights import InitialWeights
-from pipeline.mlflow_models import BEST_CHECKPOINT, LAST_CHECKPOINT
-from pipeline.mlflow_runs import default_uri, flatten
+from pipeline.mlflow_place import tracking_uri
 from pipeline.optim import explain_scaling
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
-from pipeline.run_actor import RunActor, RunActorSettings
 from pipeline.shards import ShardSet
-from pipeline.tracking import NAMESPACE, SHOW_GROUP, Tracker, journal_folder
-from pipeline.worker import make_plan, total_steps, train_worker
+from pipeline.training_plan import make_plan, total_steps
+from pipeline.training_record import (
+    begin_run,
+    deliver_the_rest,
+    end_run,
+    record_checkpoints,
+    say_link,
+    start_tracker,
+    write_down_run_id,
+)
+from pipeline.worker import train_worker
 
 Say = Callable[[str], None]
-SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
-FINISH_SECONDS, KILLED_SECONDS = 60.0, 1.5  # for the last delivery to MLflow; Ray kills a stopped job after 3 s
 SUMMARY_METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 
 
@@ -79,27 +81,6 @@ def check_storage(config: ExperimentConfig) -> None:
     check_writable(run_state.run_folder(config))
 
 
-def deliver_the_rest(config: ExperimentConfig, folder: str, say: Say, seconds: float = FINISH_SECONDS) -> str | None:
-    """Give MLflow what it was not there for when a run ended.
-
-    Args:
-        config: of the run.
-        folder: of the run.
-        say: told how that went, where there was something left.
-        seconds: to try at most; 0 tries once.
-
-    Returns:
-        Id of the MLflow run; None where this machine has no journal of the run, or MLflow never answered.
-    """
-    if not Path(journal_folder(folder)).exists():
-        return None
-    tracker = Tracker(*_tracker_arguments(config, folder))
-    if not tracker.everything_is_delivered:
-        tracker.deliver(seconds)
-        say(tracker.get_progress()["problem"] or f"MLflow at {tracking_uri(config)} has now got everything of the run")
-    return tracker.run_id()
-
-
 def train(
     config: ExperimentConfig,
     data: PreparedData,
@@ -141,9 +122,9 @@ def train(
 
     tracker_name = f"tracker-{uuid.uuid4().hex}"
     parent_run_id = trial.parent_run_id if trial is not None else None
-    tracker = _start_tracker(config, folder, tracker_name, state, data.training, parent_run_id)
-    _begin_run(tracker, config, state, folder, shards, validation)
-    _say_link(tracker, say)
+    tracker = start_tracker(config, folder, tracker_name, state, data.training, parent_run_id)
+    begin_run(tracker, config, state, folder, shards, validation)
+    say_link(tracker, say)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
@@ -155,15 +136,15 @@ def train(
         if result.return_value["stopped"]:
             say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
         if trial is None:
-            _record_checkpoints(tracker, folder)
+            record_checkpoints(tracker, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        run_id = _end_run(tracker, status, say, shown=trial is None)
+        run_id = end_run(tracker, status, say, shown=trial is None)
     summary = _summarise(folder, result, run_id, time.monotonic() - started)
-    _write_down_run_id(folder, run_id)
+    write_down_run_id(folder, run_id)
     run_state.write_result(folder, run_state.RunResult(_length(config), summary))
     return summary
 
@@ -226,26 +207,6 @@ def _explain(
     say(f"train: {'going on with' if resumed else 'beginning'} run {config.run.name} in {folder}")
 
 
-def tracking_uri(config: ExperimentConfig) -> str:
-    """Where MLflow records.
-
-    Raises:
-        UserError: run.storage_path is a bucket and no server is named.
-    """
-    return config.run.mlflow_uri or default_uri(storage.absolute(config.run.storage_path))
-
-
-def _tracker_arguments(config: ExperimentConfig, folder: str) -> tuple[str, str, str, str, str | None]:
-    """What `Tracker` is made with."""
-    storage_path = storage.absolute(config.run.storage_path)
-    uri = tracking_uri(config)
-    artifacts = None  # a server has its own place for them
-    if uri.startswith("sqlite:") and not storage.is_url(storage_path):
-        Path(storage_path).mkdir(parents=True, exist_ok=True)
-        artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    return uri, config.run.mlflow_experiment, config.run.name, folder, artifacts
-
-
 @contextlib.contextmanager
 def _followed(tracker: Any, say: Say) -> Iterator[None]:
     """A job's main thread waits for its training: it shows where that is, and ends it in order when it is to end."""
@@ -278,73 +239,6 @@ def ending_on_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _start_tracker(
-    config: ExperimentConfig,
-    folder: str,
-    name: str,
-    state: run_state.RunState | None,
-    training: str,
-    parent_run_id: str | None,
-) -> Any:
-    """The tracker as an actor on this node, which lives as long as the driver; nobody waits for MLflow.
-
-    Where its process is lost, Ray starts it again and it goes on with its journal.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    if state is None and storage.is_url(folder):
-        shutil.rmtree(journal_folder(folder), ignore_errors=True)  # of an earlier run that lay there
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {
-        "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here,
-        "max_restarts": -1, "max_task_retries": -1,
-    }  # fmt: skip
-    # Calls are run in their order, but those that show progress need not wait behind an upload.
-    actor = ray.remote(concurrency_groups={SHOW_GROUP: 1})(RunActor).options(**options)
-    known_run_id = state.mlflow_run_id if state else None
-    parameters = flatten(config.model_dump(mode="json"))
-    arguments = _tracker_arguments(config, folder)
-    return actor.remote(RunActorSettings(arguments, known_run_id, parameters, config, training, parent_run_id))
-
-
-def _begin_run(
-    tracker: Any,
-    config: ExperimentConfig,
-    state: run_state.RunState | None,
-    folder: str,
-    shards: ShardSet,
-    validation: ShardSet,
-) -> None:
-    """Write the run's folder down, and record what the run begins with."""
-    if not storage.is_url(folder):
-        # Ray Train's own list of checkpoints. We keep none there, and it would stop at one that is gone or torn.
-        Path(folder, SNAPSHOT_FILE).unlink(missing_ok=True)
-    if state is not None:
-        return
-    resolved = config.model_dump(mode="json")
-    digests = shards.manifest.digest, validation.manifest.digest
-    run_state.write_run(folder, run_state.RunState(resolved, *digests, None))
-    tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
-    class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
-    tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")
-
-
-def _write_down_run_id(folder: str, run_id: str | None) -> None:
-    """For those who go on with the run from another machine, or look for it in MLflow."""
-    state = run_state.read_run(folder)
-    if state is not None and run_id is not None and state.mlflow_run_id != run_id:
-        run_state.write_run(folder, replace(state, mlflow_run_id=run_id))
-
-
-def _say_link(tracker: Any, say: Say) -> None:
-    """Where a person sees the run."""
-    import ray
-
-    if (link := ray.get(tracker.link.remote())) is not None:
-        say(f"mlflow: {link}")
 
 
 def _fit(
@@ -392,7 +286,7 @@ def _fit(
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
-        reasons = sorted({_last_line(failure) for failure in failures.values()}) or [_last_line(error)]
+        reasons = sorted({last_line(failure) for failure in failures.values()}) or [last_line(error)]
         where = f" on workers {sorted(failures)}" if failures else ""
         raise UserError(f"training failed{where}: {'; '.join(reasons)}") from error
     except SystemExit as stopped:  # Ray Train's own handler of Ctrl-C has aborted the run
@@ -413,11 +307,6 @@ def _starts_while_waiting(scaling: ScalingSettings) -> int:
     return math.ceil(scaling.wait_for_nodes_minutes * 60 / seconds)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
-
-
 def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> dict[str, Any]:
     """What the job prints; the metrics are those of the checkpoint that it names, the best one."""
     chosen = best(CheckpointStore(folder).list())
@@ -435,41 +324,3 @@ def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> 
         "mlflow_run_id": run_id,
         "checkpoint": chosen.path,
     }
-
-
-def _record_checkpoints(tracker: Any, folder: str) -> None:
-    """Have MLflow keep the best and the last checkpoint, and the best as a model that it can serve."""
-    stored = CheckpointStore(folder).list()
-    for checkpoint, artifact_path in ((best(stored), BEST_CHECKPOINT), (stored[-1], LAST_CHECKPOINT)):
-        if checkpoint is not None:
-            tracker.log_folder.remote(checkpoint.path, artifact_path)
-    if (chosen := best(stored)) is not None:
-        tracker.log_model.remote(chosen.path)
-
-
-def _end_run(tracker: Any, status: str, say: Say, shown: bool) -> str | None:
-    """End the MLflow run truthfully, and say what went wrong; its id, if MLflow ever answered.
-
-    Args:
-        tracker: of the run.
-        status: of MLflow.
-        say: takes warnings.
-        shown: whether the user has been told of its notices.
-    """
-    import ray
-
-    seconds = KILLED_SECONDS if status == "KILLED" else FINISH_SECONDS
-    run_id: str | None = None
-    problems: list[str] = []
-    try:
-        ray.get(tracker.finish.remote(status, seconds), timeout=seconds + 1)
-        run_id = ray.get(tracker.run_id.remote(), timeout=5)
-        show = tracker.get_progress.options(concurrency_group=SHOW_GROUP)
-        progress = ray.get(show.remote(), timeout=5)
-        problems = [] if shown else progress["notices"]
-        problems += [progress["problem"]] if progress["problem"] else []
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        problems.append(f"the end of the run could not be recorded ({_last_line(error)})")
-    for problem in problems:
-        say(f"warning: {problem}")
-    return run_id

@@ -15,6 +15,7 @@ import torch
 from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
 from model.structures import Detections
+from pipeline.errors import last_line
 from pipeline.prediction_decoding import DecodedImage, FailedImage, decode_images, failed_image, read_contents
 from pipeline.prediction_inputs import Entry, Kind
 from pipeline.prediction_pictures import PictureSettings, write_pictures
@@ -284,9 +285,3 @@ def _write(
     return write_part(
         settings.output, number, settings.identity, keys, [row for _, row in rows], [error for _, error in errors]
     )
-
-
-def last_line(error: BaseException) -> str:
-    """What an error says in the end, short."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip()[:200] if lines else type(error).__name__

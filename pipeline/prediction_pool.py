@@ -17,9 +17,9 @@ from typing import Any
 
 from model.mask_rcnn import MaskRCNN
 from pipeline.cluster import Placement, workers_that_fit
-from pipeline.errors import UserError
+from pipeline.errors import UserError, last_line
 from pipeline.prediction_inputs import Entry
-from pipeline.prediction_parts import PARTS_AT_ONCE, PartPredictor, PartSettings, last_line
+from pipeline.prediction_parts import PARTS_AT_ONCE, PartPredictor, PartSettings
 from pipeline.prediction_schema import PartSummary
 
 Say = Callable[[str], None]

@@ -63,7 +63,7 @@ class RunActor(Tracker):
 
     def _images(self, hang: Hang) -> str:
         """Ids of the images of a worker's step, in words."""
-        from pipeline.worker import make_plan
+        from pipeline.training_plan import make_plan
 
         beat = hang.beat
         try:

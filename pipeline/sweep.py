@@ -21,7 +21,8 @@ from pipeline import cluster, prepare, run_state, storage
 from pipeline.cluster import Placement
 from pipeline.doctor import check_at_start
 from pipeline.errors import UserError
-from pipeline.launch import TrialOfSweep, ending_on_sigterm, tracking_uri
+from pipeline.launch import TrialOfSweep, ending_on_sigterm
+from pipeline.mlflow_place import tracking_uri
 from pipeline.preflight import REPORT
 from pipeline.search import point_key
 from pipeline.search_space import Point, Space, advised_points, apply_point, shard_knobs

@@ -14,7 +14,6 @@ from pipeline.checkpoint_store import CheckpointStore, local_folder
 from pipeline.checkpoint_store import best as best_checkpoint
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
-from pipeline.launch import deliver_the_rest
 from pipeline.mlflow_models import BEST_CHECKPOINT
 from pipeline.mlflow_runs import PARENT_TAG, flatten
 from pipeline.search_space import Space, apply_point, show_point
@@ -22,6 +21,7 @@ from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_record import SweepRecord
 from pipeline.sweep_report import draw_importances, draw_objective, draw_parallel_coordinates, table_file, table_lines
 from pipeline.sweep_state import Parent
+from pipeline.training_record import deliver_the_rest
 from pipeline.trial import SweepOfTrials
 from pipeline.trials import Trial, ranked
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline import run_state, storage
 from pipeline.errors import UserError
-from pipeline.launch import tracking_uri
+from pipeline.mlflow_place import artifacts_folder, tracking_uri
 from pipeline.mlflow_runs import flatten
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_record import SweepRecord
@@ -129,13 +127,8 @@ class Parent:
 
 def begin_parent(config: SweepConfig, folder: str, say: Say) -> Parent:
     """Begin or take up the sweep's MLflow run, and write the sweep's folder down."""
-    uri, state = tracking_uri(config.base()), read_state(folder)
-    artifacts = None
-    storage_path = storage.absolute(config.run.storage_path)
-    if uri.startswith("sqlite:") and not storage.is_url(storage_path):
-        os.makedirs(storage_path, exist_ok=True)
-        artifacts = (Path(storage_path) / "mlflow-artifacts").as_uri()
-    record = SweepRecord(uri, config.run.mlflow_experiment, artifacts, say)
+    state, base = read_state(folder), config.base()
+    record = SweepRecord(tracking_uri(base), config.run.mlflow_experiment, artifacts_folder(base), say)
     resolved = config.model_dump(mode="json")
     known = state.mlflow_run_id if state else None
     run_id = record.begin(known, config.run.name, folder, flatten(resolved)) or known

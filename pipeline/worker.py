@@ -44,10 +44,9 @@ from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.report import draw_comparison
-from pipeline.sampling import row_repeats, rows_an_epoch
 from pipeline.shards import ShardSet
 from pipeline.stopping import JUDGED_METRICS, stop_reason
-from pipeline.stream import LoadBlock, StreamPlan, planned_blocks, split_stream, steps_per_block
+from pipeline.stream import LoadBlock, planned_blocks, split_stream, steps_per_block
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
 from pipeline.training import (
     STEP_METRICS,
@@ -57,6 +56,7 @@ from pipeline.training import (
     gradient_scaler,
     train_step,
 )
+from pipeline.training_plan import epoch_ends, make_plan, total_steps
 from pipeline.trials import SweepJudge
 from pipeline.update_guard import UpdateGuard
 from pipeline.watchdog import Pulse, first_beat
@@ -66,43 +66,6 @@ EVALUATION_BATCH_SIZE = 8
 JOURNAL_SECONDS = 30.0  # a checkpoint waits at most so long for the metrics before it to be on a disk
 MESSAGE_LENGTH = 900  # Ray Train broadcasts less than 1 kB
 MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a millisecond before the first batch comes
-
-
-def make_plan(config: ExperimentConfig, shards: ShardSet) -> StreamPlan:
-    """Order of the training rows.
-
-    Raises:
-        UserError: no row is left to train on.
-    """
-    repeats = None
-    if config.data.repeat_threshold > 0 or config.data.empty_images_fraction < 1:
-        classes = shards.manifest.row_classes()
-        repeats = row_repeats(classes, config.data.repeat_threshold, config.data.empty_images_fraction)
-        if rows_an_epoch(repeats) < 1:
-            raise UserError("no training image has an object; keep some with data.empty_images_fraction")
-    return StreamPlan(
-        shards.manifest.row_canvases(),
-        config.data.rows_per_shard,
-        config.data.shuffle_window,
-        config.global_batch_size,
-        config.train.seed,
-        repeats,
-    )
-
-
-def total_steps(config: ExperimentConfig, plan: StreamPlan) -> int:
-    """Steps of the whole training."""
-    steps = plan.steps_of_epochs(config.train.epochs)
-    return min(steps, config.train.max_steps) if config.train.max_steps is not None else steps
-
-
-def epoch_ends(plan: StreamPlan, last_step: int, every_epochs: int) -> set[int]:
-    """Steps with which every so many epochs end, and the last step."""
-    steps, epoch = {last_step}, every_epochs
-    while plan.steps_of_epochs(epoch) < last_step:
-        steps.add(plan.steps_of_epochs(epoch))
-        epoch += every_epochs
-    return steps
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model.losses import LOSS_NAMES
-from pipeline.checkpoint import best_checkpoint_of_run, read_description
+from pipeline.checkpoint import read_description
+from pipeline.checkpoint_reference import best_checkpoint_of_run
 from pipeline.evaluation import AP_METRICS
 from pipeline.inference import load
 from pipeline.mlflow_runs import default_uri

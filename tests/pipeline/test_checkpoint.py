@@ -19,18 +19,17 @@ from pipeline.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     Description,
-    best_checkpoint_of_run,
     build_model,
     capture,
     check_same_classes,
     load_model_state,
     load_optimizer_state,
     read_description,
-    resolve_checkpoint,
     verify_checkpoint,
     write_checkpoint,
     write_state,
 )
+from pipeline.checkpoint_reference import best_checkpoint_of_run, resolve_checkpoint
 from pipeline.config import ExperimentConfig, OptimSettings
 from pipeline.ema import averaged_copy
 from pipeline.errors import UserError

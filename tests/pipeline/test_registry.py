@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.checkpoint import resolve_checkpoint
+from pipeline.checkpoint_reference import resolve_checkpoint
 from pipeline.errors import UserError
 from pipeline.mlflow_models import BEST_CHECKPOINT
 from pipeline.mlflow_runs import default_uri

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.run_actor import RunActor, RunActorSettings, _kill
 from pipeline.shards import ShardSet
+from pipeline.training_plan import make_plan
 from pipeline.watchdog import Hang, first_beat
-from pipeline.worker import make_plan
 from tests.pipeline.factories import Prepared
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.sampling import repeat_counts, row_repeats, rows_an_epoch
 from pipeline.shards import ShardSet
-from pipeline.worker import make_plan
+from pipeline.training_plan import make_plan
 from tests.pipeline.factories import Prepared, experiment
 
 # 100 images: class 1 in all but the last ten, class 2 in four of them, class 3 in one; ten without objects.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from model.masks import encode_detections
-from pipeline.checkpoint import resolve_checkpoint
+from pipeline.checkpoint_reference import resolve_checkpoint
 from pipeline.errors import UserError
 from pipeline.inference import Predictor, load
 from pipeline.mlflow_models import BEST_CHECKPOINT
