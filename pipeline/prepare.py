@@ -104,9 +104,9 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     Raises:
         UserError: data that cannot be trained on.
     """
-    ready = shards_alone(config)
-    if ready is not None:
-        return ready
+    alone = shards_alone(config)
+    if alone is not None:
+        return _read_shards_alone(alone)
     data = config.data
     root = storage.absolute(data.root)
     if data.synthetic is not None and write_shapes(root, data.synthetic):
@@ -136,14 +136,21 @@ def _any_annotations(config: ExperimentConfig, root: str) -> bool:
     )
 
 
-def shards_alone(config: ExperimentConfig) -> CheckedData | None:
-    """Shards that were brought without the files they were made from; None where those, or no shards, are there."""
+def shards_alone(config: ExperimentConfig) -> str | None:
+    """Folder of shards that were brought without the files they were made from, None where those are there too."""
     if config.data.shards is None or _any_annotations(config, storage.absolute(config.data.root)):
         return None
     folder = storage.absolute(config.data.shards)
-    folders = {name: storage.join(folder, name) for name in ("training", "validation")}
-    if not all(storage.exists(storage.join(path, MANIFEST)) for path in folders.values()):
-        return None
+    found = all(storage.exists(storage.join(path, MANIFEST)) for path in _split_folders(folder).values())
+    return folder if found else None
+
+
+def _split_folders(folder: str) -> dict[str, str]:
+    return {name: storage.join(folder, name) for name in ("training", "validation")}
+
+
+def _read_shards_alone(folder: str) -> CheckedData:
+    folders = _split_folders(folder)
     splits = {name: CheckedSplit(name, path, "", "", True) for name, path in folders.items()}
     return CheckedData(folder, ClassMap(read_manifest(folders["training"]).class_names), **splits)
 

@@ -86,6 +86,7 @@ class Tracker:
         self._run_id: str | None = None
         self._attached = threading.Event()
         self._delivering, self._closed = threading.Lock(), threading.Event()
+        self._deliverer = threading.Thread(target=self._deliver_until_closed, daemon=True)
         self._failed_attempts = 0
         self._problem: str | None = None
         self._notices: list[str] = []
@@ -117,7 +118,7 @@ class Tracker:
             self._parent_run_id = parent_run_id
             self._append({"kind": "parent", "run_id": parent_run_id})
         self._append({"kind": "begin"})
-        threading.Thread(target=self._deliver_until_closed, daemon=True).start()
+        self._deliverer.start()
         return self.run_id(seconds)
 
     def run_id(self, seconds: float = 0.0) -> str | None:

@@ -357,8 +357,10 @@ def test_authentication_seen_from_inside(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_shards_alone_need_no_annotations(tmp_path: Path) -> None:
     config = small_config(data={"root": str(tmp_path / "coco"), "shards": str(tmp_path / "shards")})
     assert "data.sources.0.annotations" in needed_paths(config), "neither is there"
-    (tmp_path / "shards" / "training").mkdir(parents=True)
-    (tmp_path / "shards" / "training" / "manifest.json").write_text("{}")
+    for split in ("training", "validation"):
+        assert needed_paths(config) != {}, "half a data set"
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        (tmp_path / "shards" / split / "manifest.json").write_text("{}")
     assert needed_paths(config) == {}
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     (tmp_path / "coco" / "annotations" / "instances_train.json").write_text("{}")

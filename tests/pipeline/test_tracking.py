@@ -136,12 +136,18 @@ def test_workers_that_are_restarted_log_no_step_twice(uri: str, tmp_path: Path) 
     assert steps_of(uri, run_id, "loss") == [1, 2, 3, 4]
 
 
+def kill(tracker: Tracker) -> None:
+    """It writes nothing from here on."""
+    tracker._closed.set()
+    tracker._deliverer.join()
+
+
 def begun_and_killed(uri: str, tmp_path: Path, name: str = "a-run") -> str:
     """Id of the run of a tracker that delivers what it has and is no more."""
     tracker = make_tracker(uri, tmp_path, name=name)
     run_id = started(tracker)
     wait_until(lambda: tracker.everything_is_delivered)
-    tracker._closed.set()
+    kill(tracker)
     return run_id
 
 
@@ -164,6 +170,7 @@ def test_in_a_folder_that_was_deleted_another_run_begins(uri: str, tmp_path: Pat
     first = make_tracker(uri, tmp_path)
     killed = started(first, {"seed": "3"})
     wait_until(lambda: bool(MlflowClient(uri).get_run(killed).data.params))
+    kill(first)
     shutil.rmtree(tmp_path / "a-run")
     second = make_tracker(uri, tmp_path)
     assert started(second, {"seed": "4"}) != killed
@@ -270,9 +277,8 @@ def test_killed_between_a_delivery_and_its_mark(uri: str, tmp_path: Path) -> Non
     mark = (tmp_path / "a-run" / "tracking" / "mark.json").read_bytes()
     first.log_rows([(step, {"loss": 1.0, "learning_rate": 0.5}) for step in (1, 2)])
     wait_until(lambda: first.everything_is_delivered)
-    first._closed.set()
-    with first._delivering:
-        (tmp_path / "a-run" / "tracking" / "mark.json").write_bytes(mark)
+    kill(first)
+    (tmp_path / "a-run" / "tracking" / "mark.json").write_bytes(mark)
     second = make_tracker(uri, tmp_path)
     assert started(second) == run_id
     second.log_rows([(2, {"loss": 1.0, "learning_rate": 0.5}), (3, {"loss": 1.0, "learning_rate": 0.5})])
