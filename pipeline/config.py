@@ -90,6 +90,8 @@ class PolicySettings(Config):
     """Two annotations with one id; drop keeps the first."""
     duplicate_file_name: ErrorDropOrKeep = "keep"
     """Two images with one file; drop keeps the first."""
+    image_in_both_splits: ErrorDropOrKeep = "keep"
+    """A training image whose file is validated on too, which makes the metrics lie; drop does not train on it."""
     duplicate_category_name: Literal["error", "fix"] = "error"
     """Two categories with one name; fix makes them one class."""
     unknown_image: ErrorOrDrop = "error"
@@ -143,6 +145,8 @@ class DataSettings(Config):
         CocoSource(annotations="annotations/instances_val.json"),
     )
     """COCO files to evaluate on."""
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the images of data.sources to keep back and evaluate on, instead of data.validation_sources."""
     synthetic: SyntheticSettings | None = None
     """Make the shapes data set below data.root first."""
     shards: str | None = None

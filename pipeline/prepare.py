@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from pipeline.anchor_advice import Objects
 from pipeline.coco import ClassMap, CocoFile, ImageRecord, classes_of_source, read_coco_file, unite_classes
 from pipeline.config import ExperimentConfig
 from pipeline.contact_sheet import make_tiles
+from pipeline.holding_out import hold_out
 from pipeline.preflight import (
     Findings,
     boxes_on_canvas,
@@ -112,25 +113,38 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     if data.synthetic is not None and write_shapes(root, data.synthetic):
         say(f"data: wrote the shapes data set to {root}")
     training_files = [read_coco_file(source, root) for source in data.sources]
-    validation_files = [read_coco_file(source, root) for source in data.validation_sources]
+    if data.validation_fraction:
+        training_files, validation_files = hold_out(training_files, data.validation_fraction)
+        numbers = [sum(len(file.images) for file in files) for files in (training_files, validation_files)]
+        say(f"data: keeps {numbers[1]} of {sum(numbers)} images back to validate on (data.validation_fraction)")
+    else:
+        validation_files = [read_coco_file(source, root) for source in data.validation_sources]
     class_map = unite_classes(training_files)
-    training_key = _content_key(config, "training", training_files, class_map)
+    validated = _image_paths(validation_files)
+    in_both = validated & _image_paths(training_files)
+    training_key = _content_key(config, "training", training_files, class_map, in_both)
     validation_key = _content_key(config, "validation", validation_files, class_map)
     folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_key, validation_key)
     stamps = {path: storage.list_stamps(path) for path in {f.images_folder for f in training_files + validation_files}}
     checked = CheckedData(
         folder,
         class_map,
-        _check_split(config, "training", folder, training_key, training_files, class_map, stamps),
+        _check_split(config, "training", folder, training_key, training_files, class_map, stamps, in_both),
         _check_split(config, "validation", folder, validation_key, validation_files, class_map, stamps),
     )
     _raise_first_error(config, checked, say)
     return checked
 
 
+def _image_paths(files: Sequence[CocoFile]) -> set[str]:
+    """Of all images with a name, wherever they may be."""
+    names = [(file.images_folder, image.get("file_name")) for file in files for image in file.images]
+    return {storage.join(folder, name) for folder, name in names if isinstance(name, str)}
+
+
 def _any_annotations(config: ExperimentConfig, root: str) -> bool:
     """Whether one of the annotation files is there, or can be made."""
-    sources = [*config.data.sources, *config.data.validation_sources]
+    sources = [*config.data.sources, *(() if config.data.validation_fraction else config.data.validation_sources)]
     return config.data.synthetic is not None or any(
         storage.exists(storage.absolute(source.annotations, root)) for source in sources
     )
@@ -192,6 +206,7 @@ def _check_split(
     files: Sequence[CocoFile],
     class_map: ClassMap,
     stamps: dict[str, dict[str, str]],
+    validated: Container[str] = (),
 ) -> CheckedSplit:
     folder = storage.join(parent, name)
     files_key = _files_key(files, stamps)
@@ -199,7 +214,7 @@ def _check_split(
     for index, file in enumerate(files if not split.is_there else []):
         class_of_category, active_class_ids = classes_of_source(file, class_map)
         category_of_class = {class_id: category for category, class_id in reversed(class_of_category.items())}
-        found = check_records(file, index, class_map, config.data.policies, stamps[file.images_folder])
+        found = check_records(file, index, class_map, config.data.policies, stamps[file.images_folder], validated)
         split.files.append(file)
         split.records.extend(found.records)
         split.problems.extend(found.problems)
@@ -353,7 +368,13 @@ def _row_settings(config: ExperimentConfig, split: str) -> RowSettings:
     return RowSettings.of(config.data, config.augment if split == "training" else None)
 
 
-def _content_key(config: ExperimentConfig, split: str, files: Sequence[CocoFile], class_map: ClassMap) -> str:
+def _content_key(
+    config: ExperimentConfig,
+    split: str,
+    files: Sequence[CocoFile],
+    class_map: ClassMap,
+    in_both: Iterable[str] = (),
+) -> str:
     """Digest of everything that the shards of these files are a function of, image bytes excepted."""
     digest = hashlib.sha256()
     settings = _row_settings(config, split)
@@ -364,6 +385,7 @@ def _content_key(config: ExperimentConfig, split: str, files: Sequence[CocoFile]
         "format_version": FORMAT_VERSION,
         "rows_per_shard": config.data.rows_per_shard,
         "class_names": class_map.names,
+        "in_both": sorted(in_both),
     }
     digest.update(json.dumps(options, sort_keys=True).encode())
     for file in files:

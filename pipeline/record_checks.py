@@ -5,7 +5,7 @@ Needs the annotation file and a listing of the images folder, but opens no image
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,12 @@ class CheckedRecords:
 
 
 def check_records(
-    file: CocoFile, source: int, class_map: ClassMap, policies: PolicySettings, present: Mapping[str, Any] | None
+    file: CocoFile,
+    source: int,
+    class_map: ClassMap,
+    policies: PolicySettings,
+    present: Mapping[str, Any] | None,
+    validated: Container[str] = (),
 ) -> CheckedRecords:
     """Check every record of a file and bring images and annotations together.
 
@@ -50,6 +55,7 @@ def check_records(
         class_map: classes to train on.
         policies: what to do about each kind of problem.
         present: names of the files that are in the images folder; None where nobody looked.
+        validated: paths of the images to validate on, where these are to be trained on.
 
     Raises:
         UserError: a category that the class map does not have.
@@ -57,7 +63,7 @@ def check_records(
     findings = _Findings(file, source, policies)
     class_of_category, _ = classes_of_source(file, class_map)
     _check_categories(file, findings)
-    images = _check_images(file, findings, present)
+    images = _check_images(file, findings, present, validated)
     of_image: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
     orphans: list[Quarantined] = []
     seen: set[int] = set()
@@ -143,7 +149,9 @@ def _check_categories(file: CocoFile, findings: _Findings) -> None:
         findings.add("duplicate_category_name", "category", f"category name {name!r} stands there twice")
 
 
-def _check_images(file: CocoFile, findings: _Findings, present: Mapping[str, Any] | None) -> dict[int, Json]:
+def _check_images(
+    file: CocoFile, findings: _Findings, present: Mapping[str, Any] | None, validated: Container[str]
+) -> dict[int, Json]:
     """Usable image records by id, each with `stored_as`, its file's place in the images folder."""
     images: dict[int, Json] = {}
     names: set[str] = set()
@@ -170,6 +178,10 @@ def _check_images(file: CocoFile, findings: _Findings, present: Mapping[str, Any
         if stored_as in names:
             reason = f"image {image_id}: another image has the file {stored_as} too"
             if findings.add("duplicate_file_name", "image", reason, image):
+                continue
+        if storage.join(file.images_folder, name) in validated:
+            reason = f"image {image_id}: {name} is among the images to validate on"
+            if findings.add("image_in_both_splits", "image", reason, image):
                 continue
         names.add(stored_as)
         images[image_id] = {**image, "stored_as": stored_as}

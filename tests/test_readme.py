@@ -1,4 +1,4 @@
-"""The README's file map and configs are those of the tree."""
+"""The map of files and the README's commands are those of the tree."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def _mapped_files() -> set[str]:
-    """Paths in the block below "Where is what", `folder/` lines giving the folder of the lines under them."""
-    block = README.split("## Where is what")[1].split("```")[1]
+    """Paths in docs/files.md, `folder/` lines giving the folder of the lines under them."""
+    block = (ROOT / "docs" / "files.md").read_text().split("```")[1]
     files: set[str] = set()
     folder = ""
     for line in block.strip("\n").splitlines():

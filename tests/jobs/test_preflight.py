@@ -62,6 +62,13 @@ def turned(path: Path) -> bytes:
     return buffer.getvalue()
 
 
+def into_validation(content: Content, root: Path) -> None:
+    """The validation file lists the first image too."""
+    validation = json.loads((root / "validation.json").read_text())
+    validation["images"].append({**content["images"][0], "id": 4711})
+    (root / "validation.json").write_text(json.dumps(validation))
+
+
 def shifted_polygon(content: Content, root: Path) -> None:
     """Outside of the image, so that it covers no pixel; the box stays."""
     content["annotations"][0]["segmentation"] = [[-30, -30, -20, -30, -20, -20]]
@@ -85,6 +92,7 @@ DEFECTS: dict[str, tuple[Spoil, str]] = {
     "duplicate_image_id": (twice("images"), "image"),
     "duplicate_annotation_id": (twice("annotations"), "annotation"),
     "duplicate_file_name": (twice("images", id=999), "image"),
+    "image_in_both_splits": (into_validation, "image"),
     "duplicate_category_name": (twice("categories", id=77), "category"),
     "unknown_image": (annotation(image_id=4711), "annotation"),
     "unknown_category": (annotation(category_id=0), "annotation"),

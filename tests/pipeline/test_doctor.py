@@ -193,6 +193,8 @@ def test_folders_and_data_that_a_node_does_not_see(tmp_path: Path) -> None:
     assert second.startswith("data.sources.0.images: not seen by node 10.0.0.2 (Access Denied)")
     shapes = small_config(data={"root": "shapes", "synthetic": {}, "shards": "s3://bucket/shards"})
     assert needed_paths(shapes) == {}
+    one_file = small_config(data={"root": "s3://bucket/coco", "validation_fraction": 0.1})
+    assert not any("validation" in key for key in needed_paths(one_file))
     assert list(shared_folders(shapes)) == ["run.storage_path", "data.root", "data.shards"]
 
 
