@@ -22,6 +22,32 @@ from pipeline.errors import Terminated, UserError
 
 CONFIG_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
+# What others call it, by the last name of a key of ours.
+OTHER_NAMES = {
+    "batch": "batch_size_per_worker",
+    "batch_size": "batch_size_per_worker",
+    "gpus": "num_workers",
+    "image_size": "canvases",
+    "iterations": "max_steps",
+    "lr": "learning_rate",
+    "max_epochs": "epochs",
+    "max_iter": "max_steps",
+    "num_epochs": "epochs",
+    "num_gpus": "num_workers",
+    "output": "storage_path",
+    "output_dir": "storage_path",
+    "pretrained": "weights",
+    "steps": "max_steps",
+    "warmup": "warmup_steps",
+    "workers": "num_workers",
+}
+# What is looked for and has no key.
+NO_KEY = {
+    "annotations": "the annotation files stand in data.sources",
+    "images": "the folders of images stand in data.sources",
+    "num_classes": "the classes are those of the annotation files",
+    "resume": "the same command goes on by itself",
+}
 
 
 class ConfigurationError(UserError):
@@ -131,6 +157,7 @@ def _make_parser(
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
         formatter_class=_help_formatter(config_type),
         exit_on_error=False,
+        allow_abbrev=False,  # a key that is cut off is a mistake
     )
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the keys below; may be given repeatedly"
@@ -243,9 +270,11 @@ def explain_validation(error: ValidationError, config_type: type[BaseModel] = Ex
 def unknown_key(key: str, config_type: type[BaseModel] = ExperimentConfig) -> str:
     """That there is no such key, and which one may be meant."""
     keys = list(known_keys(config_type))
-    closest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not closest:  # the right last name in the wrong group
-        closest = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]][:1]
+    name = key.split(".")[-1]
+    if name in NO_KEY:
+        return f"{key}: no such key; {NO_KEY[name]}"
+    closest = [known for known in keys if known.split(".")[-1] == OTHER_NAMES.get(name, name)][:1]  # perhaps elsewhere
+    closest = closest or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
     hint = f"; did you mean {closest[0]}?" if closest else "; see --help for all keys"
     return f"{key}: no such key{hint}"
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.command_line import ConfigurationError, explain_validation, known_keys, parse, run_job
+from pipeline.command_line import OTHER_NAMES, ConfigurationError, explain_validation, known_keys, parse, run_job
 from pipeline.config import CocoSource, ExperimentConfig, SyntheticSettings
 from pipeline.errors import UserError
 
@@ -92,6 +92,9 @@ UNKNOWN = [
     ("data: {synthetic: {trainingimages: 3}}", ["--data.synthetic.trainingimages", "3"],
      "data.synthetic.training_images"),
     ("nms_threshold: 0.6", ["--nms_threshold", "0.6"], "model.rpn.nms_threshold"),
+    ("optim: {lr: 0.1}", ["--optim.lr", "0.1"], "optim.learning_rate"),
+    ("train: {batch_size: 4}", ["--train.batch_size", "4"], "train.batch_size_per_worker"),
+    ("train: {epoch: 4}", ["--train.epoch", "4"], "train.epochs"),  # and not taken for a short form of it
 ]  # fmt: skip
 
 
@@ -106,6 +109,16 @@ def test_unknown_key_is_named_with_the_nearest_one(
 
 def test_key_that_is_like_no_other() -> None:
     assert error_of(["--xyzzy", "1"]) == "xyzzy: no such key; see --help for all keys"
+
+
+def test_key_that_nobody_needs() -> None:
+    assert error_of(["--model.num_classes", "4"]) == (
+        "model.num_classes: no such key; the classes are those of the annotation files"
+    )
+
+
+def test_other_names_lead_to_keys() -> None:
+    assert set(OTHER_NAMES.values()) <= {key.split(".")[-1] for key in known_keys()}
 
 
 # YAML, the same on the command line, the key, and the range or the kind of value.
