@@ -162,7 +162,7 @@ def test_the_best_checkpoint_evaluates_to_what_training_saw(trained: Outcome, co
     [
         (
             ["--model.box_head.channels", "64"],
-            ["of another architecture", "box_head", "is (16, 32), the configured model has (16, 64)"],
+            ["another model than the configuration's", "model.box_head.channels 64 (there 32)"],
         ),
         (
             ["--data.sources", "[{annotations: annotations/two.json}]", "--data.synthetic", "null"],
