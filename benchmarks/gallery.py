@@ -1,0 +1,92 @@
+"""Draw what the README shows of a training: its curves, and predictions beside the annotations.
+
+    python benchmarks/gallery.py runs/demo --name shapes
+
+Reads the MLflow run of a finished training (jobs/train.py) and writes docs/gallery/NAME_curves.png and
+NAME_predictions.jpg, small files.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from pipeline.mlflow_runs import default_uri
+
+LOSSES = ("loss", "rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss")
+PRECISIONS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
+MEAN_STEPS = 10  # losses of so many steps are averaged
+WIDTH = 800  # pixels of the pictures
+PICTURE_HEIGHT = 810  # of the predictions, from the top
+JPEG_QUALITY = 85
+
+
+def series(client: Any, run_id: str, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric."""
+    history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.step)
+    return [metric.step for metric in history], [metric.value for metric in history]
+
+
+def draw_curves(client: Any, run_id: str, path: Path) -> None:
+    """Losses, and AP at each evaluation."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH / 80, 3.4), dpi=80)
+    for name in LOSSES:
+        steps, values = series(client, run_id, name)
+        kept = len(values) // MEAN_STEPS * MEAN_STEPS
+        means = np.reshape(values[:kept], (-1, MEAN_STEPS)).mean(axis=1)
+        left.plot(steps[MEAN_STEPS - 1 : kept : MEAN_STEPS], means, label=name, linewidth=1)
+    left.set(yscale="log", xlabel="step", title=f"losses, means of {MEAN_STEPS} steps")
+    left.legend(fontsize=7, ncols=2, loc="upper right")
+    left.margins(y=0.3)
+    for name in PRECISIONS:
+        right.plot(*series(client, run_id, name), label=name, marker="o", markersize=3, linewidth=1)
+    right.set(ylim=(0, 1), xlabel="step", title="AP on the validation images")
+    right.legend(fontsize=8, loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def shrink_predictions(client: Any, run_id: str, path: Path) -> None:
+    """The upper part of the picture of the last evaluation."""
+    names = sorted(file.path for file in client.list_artifacts(run_id, "pictures"))
+    if not names:
+        raise SystemExit(f"run {run_id} has no pictures")
+    with Image.open(client.download_artifacts(run_id, names[-1])) as picture:
+        height = round(picture.height * WIDTH / picture.width)
+        small = picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
+    upper = small.crop((0, 0, WIDTH, min(height, PICTURE_HEIGHT)))
+    upper.save(path, quality=JPEG_QUALITY, optimize=True)
+
+
+def main() -> None:
+    """Parse, draw both pictures."""
+    from mlflow import MlflowClient
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished training")
+    parser.add_argument("--name", required=True, help="beginning of the names of the pictures")
+    parser.add_argument("--mlflow_uri", help="where MLflow is; by default in the folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/gallery"), help="folder of the pictures")
+    options = parser.parse_args()
+    mpl.use("Agg")
+    run_id = json.loads((options.run / "result.json").read_text())["summary"]["mlflow_run_id"]
+    client = MlflowClient(options.mlflow_uri or default_uri(str(options.run.resolve().parent)))
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw_curves(client, run_id, options.out / f"{options.name}_curves.png")
+    shrink_predictions(client, run_id, options.out / f"{options.name}_predictions.jpg")
+
+
+if __name__ == "__main__":
+    main()
