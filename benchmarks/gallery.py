@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from model.losses import LOSS_NAMES
 from pipeline.mlflow_runs import default_uri
 
-LOSSES = ("loss", "rpn_class_loss", "rpn_bbox_loss", "mrcnn_class_loss", "mrcnn_bbox_loss", "mrcnn_mask_loss")
 PRECISIONS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 MEAN_STEPS = 10  # losses of so many steps are averaged
 WIDTH = 800  # pixels of the pictures
@@ -36,10 +35,11 @@ def series(client: Any, run_id: str, name: str) -> tuple[list[int], list[float]]
 
 def draw_curves(client: Any, run_id: str, path: Path) -> None:
     """Losses, and AP at each evaluation."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH / 80, 3.4), dpi=80)
-    for name in LOSSES:
+    figure = Figure(figsize=(WIDTH / 80, 3.4), dpi=80)
+    left, right = figure.subplots(1, 2)
+    for name in ("loss", *LOSS_NAMES):
         steps, values = series(client, run_id, name)
         kept = len(values) // MEAN_STEPS * MEAN_STEPS
         means = np.reshape(values[:kept], (-1, MEAN_STEPS)).mean(axis=1)
@@ -55,7 +55,6 @@ def draw_curves(client: Any, run_id: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def shrink_predictions(client: Any, run_id: str, path: Path) -> None:
@@ -80,7 +79,6 @@ def main() -> None:
     parser.add_argument("--mlflow_uri", help="where MLflow is; by default in the folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("docs/gallery"), help="folder of the pictures")
     options = parser.parse_args()
-    mpl.use("Agg")
     run_id = json.loads((options.run / "result.json").read_text())["summary"]["mlflow_run_id"]
     client = MlflowClient(options.mlflow_uri or default_uri(str(options.run.resolve().parent)))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -182,6 +182,12 @@ class DataSettings(Config):
     object_store_megabytes: PositiveInt = 512
     """Most memory that batches on their way to the workers may take."""
 
+    def sources_to_read(self) -> dict[str, CocoSource]:
+        """All annotation files that are read, by key (`sources.0`); none to validate on where images are kept back."""
+        validation = () if self.validation_fraction else self.validation_sources
+        named = (("sources", self.sources), ("validation_sources", validation))
+        return {f"{key}.{number}": source for key, sources in named for number, source in enumerate(sources)}
+
 
 class AugmentSettings(Config):
     """Random changes of training images, a function of (seed, epoch, row)."""

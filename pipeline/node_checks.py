@@ -58,10 +58,9 @@ def needed_paths(config: ExperimentConfig) -> dict[str, str]:
     if config.data.synthetic is not None or prepare.shards_alone(config) is not None:
         return {}
     paths = {}
-    for key in ("sources",) if config.data.validation_fraction else ("sources", "validation_sources"):
-        for number, source in enumerate(getattr(config.data, key)):
-            for name in ("annotations", "images"):
-                paths[f"data.{key}.{number}.{name}"] = storage.absolute(getattr(source, name), config.data.root)
+    for key, source in config.data.sources_to_read().items():
+        for name in ("annotations", "images"):
+            paths[f"data.{key}.{name}"] = storage.absolute(getattr(source, name), config.data.root)
     return paths
 
 

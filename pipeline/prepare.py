@@ -144,9 +144,8 @@ def _image_paths(files: Sequence[CocoFile]) -> set[str]:
 
 def _any_annotations(config: ExperimentConfig, root: str) -> bool:
     """Whether one of the annotation files is there, or can be made."""
-    sources = [*config.data.sources, *(() if config.data.validation_fraction else config.data.validation_sources)]
     return config.data.synthetic is not None or any(
-        storage.exists(storage.absolute(source.annotations, root)) for source in sources
+        storage.exists(storage.absolute(source.annotations, root)) for source in config.data.sources_to_read().values()
     )
 
 
