@@ -117,7 +117,8 @@ def parse(
     """
     from jsonargparse import ArgumentError
 
-    parser = _make_parser(description, extra or {}, optional or {}, flags or {}, config_type)
+    for_help = any(argument in ("-h", "--help") for argument in arguments)
+    parser = _make_parser(description, extra or {}, optional or {}, flags or {}, config_type, for_help)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
         namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
@@ -147,11 +148,13 @@ def _make_parser(
     optional: Mapping[str, str],
     flags: Mapping[str, str],
     config_type: type[ExperimentConfig],
+    for_help: bool,
 ) -> Any:
     """The parser of a job's options and of every key of the configuration."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Only help shows them, and reading them from the source is a quarter of a start.
+    set_parsing_settings(docstring_parse_attribute_docstrings=for_help)
     parser = ArgumentParser(
         description=description,
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",

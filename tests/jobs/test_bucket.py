@@ -19,11 +19,6 @@ IMAGES = SyntheticSettings(training_images=64, validation_images=5)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bucket")
-
-
-@pytest.fixture(scope="module")
 def arguments(bucket: fs.FileSystem, folder: Path) -> tuple[str, ...]:
     """The same images in the bucket and in a local folder."""
     assert write_shapes("s3://bucket/data", IMAGES)

@@ -15,8 +15,7 @@ CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluate")
+def folder(folder: Path) -> Path:
     write_small_checkpoint(folder / "checkpoint", ["circle", "square", "triangle"])
     write_small_experiment(folder, model={"backbone": {"depth": 18, "norm": "frozen"}, "detections": {
         "max_per_image": 10, "score_threshold": 0.0,

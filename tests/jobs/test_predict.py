@@ -21,9 +21,8 @@ NUM_IMAGES, NUM_BROKEN, IMAGES_PER_PART = 240, 3, 8
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(folder: Path) -> Path:
     """Images in subfolders, three of them broken, and a checkpoint."""
-    folder = tmp_path_factory.mktemp("predict")
     write_small_checkpoint(folder / "checkpoint")
     for index in range(NUM_IMAGES):
         path = folder / "images" / f"{index % 7}" / f"{index:03d}.png"

@@ -18,11 +18,6 @@ CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepare")
-
-
-@pytest.fixture(scope="module")
 def config(folder: Path) -> str:
     synthetic = {"training_images": 320, "validation_images": 7, "seed": 0}
     return str(write_small_experiment(folder, data={"synthetic": synthetic, "rows_per_shard": 4}))

@@ -31,11 +31,6 @@ LAST_STEP = 9  # at most 3 epochs of about 24 places in steps of 2 workers x 2 p
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("recipe")
-
-
-@pytest.fixture(scope="module")
 def config(folder: Path) -> str:
     return str(write_small_experiment(folder, **INGREDIENTS))
 

@@ -27,11 +27,6 @@ LAST_STEP = 18  # 3 epochs of 24 images in steps of 2 x 2
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("train")
-
-
-@pytest.fixture(scope="module")
 def config(folder: Path) -> str:
     return str(write_small_experiment(folder))
 

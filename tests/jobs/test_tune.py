@@ -44,11 +44,6 @@ def test_a_bad_space_ends_with_code_2_and_one_line(arguments: list[str], parts: 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tune")
-
-
-@pytest.fixture(scope="module")
 def config(folder: Path) -> str:
     sweep = {"space": SPACE, "start_points": START, "search": "tpe", "max_trials": 3, "max_concurrent_trials": 1}
     changes: dict[str, Any] = {

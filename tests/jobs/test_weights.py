@@ -19,9 +19,8 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(folder: Path) -> Path:
     """With a ResNet-18 of torchvision whose statistics are its own."""
-    folder = tmp_path_factory.mktemp("weights")
     state = models.resnet18(weights=None).state_dict()
     generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():

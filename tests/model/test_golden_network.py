@@ -36,8 +36,8 @@ pytestmark = needs_golden
 
 
 @pytest.fixture(scope="module")
-def weight_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("golden") / "weights.h5"
+def weight_file(folder: Path) -> Path:
+    path = folder / "weights.h5"
     weight_maker().write_h5(manifest(), str(path))
     return path
 

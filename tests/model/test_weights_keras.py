@@ -178,8 +178,8 @@ def refusal(path: str | Path, config: ModelConfig | None = None) -> str:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_file(tmp_path_factory.mktemp("keras") / "full.h5", FULL, RANDOM)
+def full(folder: Path) -> str:
+    return write_file(folder / "full.h5", FULL, RANDOM)
 
 
 @pytest.fixture(scope="module")

@@ -167,11 +167,11 @@ def refusal(source: str, config: ModelConfig | None = None) -> str:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MaskRCNN, Report]:
+def both(request: pytest.FixtureRequest, folder: Path) -> tuple[Any, MaskRCNN, Report]:
     """torchvision's model, ours with its weights, and what was reported."""
     reference = request.getfixturevalue("first" if request.param == 1 else "second")
     ours = empty_model(preset(request.param))
-    source = saved(tmp_path_factory.mktemp("whole") / "model.pth", reference.state_dict())
+    source = saved(folder / f"whole{request.param}.pth", reference.state_dict())
     return reference, ours, import_weights(source, ours, NAMES)
 
 

@@ -82,9 +82,8 @@ def assert_same_state(found: Any, expected: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(folder: Path) -> Path:
     """A checkpoint; not to be changed."""
-    folder = tmp_path_factory.mktemp("whole")
     write_checkpoint(str(folder), *trained("sgd"), describe(segm_AP=0.25))
     return folder
 

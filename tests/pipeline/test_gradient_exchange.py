@@ -95,8 +95,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
-    folder = tmp_path_factory.mktemp("exchange")
+def saved(folder: Path) -> list[Saved]:
     spawn(_worker, args=(str(folder),), nprocs=WORKERS)  # type: ignore[no-untyped-call]
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(WORKERS)]
 

@@ -42,8 +42,8 @@ def config(**settings: Any) -> ExperimentConfig:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_small_checkpoint(tmp_path_factory.mktemp("prediction") / "checkpoint"))
+def checkpoint(folder: Path) -> str:
+    return str(write_small_checkpoint(folder / "checkpoint"))
 
 
 @pytest.fixture(scope="module")

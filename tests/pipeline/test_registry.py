@@ -14,11 +14,6 @@ from pipeline.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("registry")
-
-
-@pytest.fixture(scope="module")
 def uri(folder: Path) -> str:
     """One store for all tests here: making its tables takes seconds."""
     return default_uri(str(folder))

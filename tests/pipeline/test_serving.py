@@ -34,8 +34,8 @@ START_SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_checkpoint(tmp_path_factory.mktemp("serving") / "checkpoint")
+def checkpoint(folder: Path) -> Path:
+    return write_small_checkpoint(folder / "checkpoint")
 
 
 @pytest.fixture(scope="module")
