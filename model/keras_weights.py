@@ -46,7 +46,18 @@ _TENSORS = {
     "moving_variance": "running_var",
     "running_std": "running_var",  # Keras 1 calls the variance so
 }
+_DETECTION_KNOBS: dict[str, object] = {
+    "pixel_mean": (123.7 / 255, 116.8 / 255, 103.9 / 255),
+    "padding": "black",
+    "image_position": "centre",
+    "boxes": "inclusive",
+    "anchors.ratios": (0.5, 1.0, 2.0),
+    "rpn.delta_scale": (0.1, 0.1, 0.2, 0.2),
+    "box_head.delta_scale": (0.1, 0.1, 0.2, 0.2),
+    "roi.pooling": "crop_and_resize",
+}
 _TENSOR_NAME = re.compile(rf"(?:^|_)({'|'.join(_TENSORS)})(?:_\d+)?(?::\d+)?$")
+_RPN_GROUP = re.compile(r"rpn_model(_\d+)?")
 _AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # (h, w, in, out) and, of the transposed convolution, (h, w, out, in); (in, out)
 
 
@@ -75,6 +86,11 @@ def read_keras_weights(source: str, path: str, coco_names: tuple[str, ...]) -> S
             for path_in_file, data_set in data_sets.items():
                 module = _our_module(path_in_file)
                 tensor_name = _TENSOR_NAME.search(path_in_file.rsplit("/", 1)[-1])
+                if module is None and _RPN_GROUP.fullmatch(path_in_file.split("/")[0]):
+                    raise WeightsError(
+                        f"{source}: {path_in_file} is in the RPN's group, but of none of its layers (rpn_conv_shared, "
+                        "rpn_class_raw, rpn_bbox_pred); save the model anew"
+                    )
                 if module is None or tensor_name is None:
                     layer = path_in_file.split("/")[0]
                     skipped[layer] = CLASSIFIER if re.fullmatch(r"fc\d+", layer) else NO_LAYER
@@ -101,9 +117,9 @@ def read_keras_weights(source: str, path: str, coco_names: tuple[str, ...]) -> S
     skipped |= {group: NO_WEIGHTS for group in groups if group not in with_weights}
     logits = tensors.get("box_head.class_logits.bias")
     is_coco = logits is not None and logits.tensor.numel() == COCO_CLASSES
-    knobs: dict[str, object] = {"norms.epsilon": 1e-3, "backbone.variant": "keras"}
+    knobs: dict[str, object] = {"norms.epsilon": 1e-3, "backbone.variant": "keras", "pixel_std": (1 / 255,) * 3}
     if logits is not None:
-        knobs |= {"boxes": "inclusive", "roi.pooling": "crop_and_resize"}
+        knobs |= _DETECTION_KNOBS
     return SourceWeights(
         source,
         tensors,
@@ -133,8 +149,9 @@ def _data_sets(root: Any) -> dict[str, Any]:
 def _our_module(path: str) -> str | None:
     """Our module of a data set, None where it has no counterpart."""
     layer, *inner = path.split("/")
-    if layer == "rpn_model":  # a model of its own within one group
-        layer = next((known for known in _MODULES if known.startswith("rpn_") and inner[0].startswith(known)), "")
+    if _RPN_GROUP.fullmatch(layer):  # a model of its own within one group
+        layers = (known for part in inner for known in _MODULES if known.startswith("rpn_") and part.startswith(known))
+        layer = next(layers, "")
     if layer in _MODULES:
         return _MODULES[layer]
     if match := re.fullmatch(r"(res|bn)([2-5])([a-z])_branch(1|2[abc])", layer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import pickle
 import re
 import warnings
@@ -25,7 +26,12 @@ EPSILON_ZERO = ("bf2d0c1e", "258fb6c6")
 """First digits of the SHA-256 of published files (Mask and Faster R-CNN, v1) whose norms have epsilon 0."""
 SHORT_NAMES = ("COCO_V1", "IMAGENET1K_V1", "IMAGENET1K_V2")
 
-_KNOBS: dict[str, object] = {"norms.epsilon": 1e-5, "backbone.variant": "torchvision"}
+_KNOBS: dict[str, object] = {
+    "norms.epsilon": 1e-5,
+    "backbone.variant": "torchvision",
+    "pixel_mean": (0.485, 0.456, 0.406),
+    "pixel_std": (0.229, 0.224, 0.225),
+}
 _DETECTION_KNOBS: dict[str, object] = {
     "anchors.ratios": (2.0, 1.0, 0.5),
     "anchors.rounded": True,
@@ -81,8 +87,10 @@ def read_torchvision_weights(source: str, reference: str, config: ModelConfig) -
         WeightsError: no such file or name, no network, a damaged file, one that wants to run code, one without a
             single layer of the model.
     """
-    path = Path(reference).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(reference))
+    if not reference:
+        raise WeightsError(f"{source}FILE or {source}NAME: which one is missing")
+    if os.path.exists(path):
         return _under_our_names(source, read_state_dict(source, path), _is_epsilon_zero(path))
     if reference not in SHORT_NAMES and not re.fullmatch(r"\w+_Weights\.\w+", reference):
         raise WeightsError(
@@ -128,9 +136,8 @@ def read_state_dict(source: str, path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{source}: no state dict, but {type(content).__name__}; save model.state_dict()")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise WeightsError(
-                f"{source}: no state dict: {name!r} is no tensor, but {type(value).__name__}; save model.state_dict()"
-            )
+            what = f"is no tensor, but {type(value).__name__}" if isinstance(name, str) else "is no name"
+            raise WeightsError(f"{source}: no state dict: {name!r} {what}; save model.state_dict()")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -176,6 +183,9 @@ def _download(source: str, weights: Any) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # of the network, the disk and the unpickler
         file_name = weights.url.rsplit("/", 1)[-1]
+        cached = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
+        if os.path.exists(cached):  # which torch takes as it is
+            raise WeightsError(f"{source}: {cached} is damaged; remove it, and it is downloaded again") from error
         raise WeightsError(
             f"{source}: {weights.url} could not be downloaded ({one_line(error)}); bring {file_name} here in another "
             f"way and pass torchvision:PATH/{file_name}"

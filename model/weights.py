@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -189,7 +190,8 @@ def _check_names(
     start = f"{weights.source}: of another architecture"
     present = {name.split(".")[0] for name in tensors}
     if "backbone" not in present:
-        raise WeightsError(f"{weights.source}: has no backbone")
+        names = ", ".join([*(tensor.name for tensor in tensors.values()), *weights.skipped][:5])
+        raise WeightsError(f"{weights.source}: has no ResNet as its backbone (it holds {names}, ...)")
     depth = _depth(tensors)
     if depth not in (None, config.backbone.depth):
         raise WeightsError(
@@ -202,9 +204,18 @@ def _check_names(
             raise WeightsError(
                 f"{start}: {tensor.name} has no place in the configured model; see {_key_of(name)}{where}"
             )
-    for name in initial:
-        if name.split(".")[0] in present and name not in tensors and not name.endswith(COUNTER):
-            raise WeightsError(f"{start}: nothing in it is the configured model's {name}; see {_key_of(name)}{where}")
+    missing = [
+        name for name in initial if name.split(".")[0] in present and name not in tensors and not name.endswith(COUNTER)
+    ]
+    if missing and depth is not None and _key_of(missing[0]) == "model.backbone.depth":  # which is right, then
+        raise WeightsError(
+            f"{weights.source}: not whole: it lacks what would be the model's {_names(missing, 3)}; save the model anew"
+        )
+    if missing:
+        raise WeightsError(
+            f"{start}, or not whole: nothing in it is the configured model's {_names(missing, 3)}; "
+            f"see {_key_of(missing[0])}{where}"
+        )
 
 
 def _depth(tensors: Mapping[str, SourceTensor]) -> int | None:
@@ -224,7 +235,11 @@ def _key_of(name: str) -> str:
 def _check_values(weights: SourceWeights, tensors: Mapping[str, SourceTensor], initial: Mapping[str, Tensor]) -> None:
     """Shapes are those of the model, but for the number of classes; numbers are finite."""
     num_classes = _num_classes(tensors)
+    if num_classes == 0:
+        raise WeightsError(f"{weights.source}: its layers for classes have no row, not even for background")
     for name, source in tensors.items():
+        if source.tensor.layout != torch.strided or source.tensor.is_meta:
+            raise WeightsError(f"{weights.source}: {source.name} is no plain tensor with its numbers; save them dense")
         expected = tuple(initial[name].shape)
         layer = name.rpartition(".")[0]
         if layer in NUMBERS_PER_CLASS and num_classes is not None:
@@ -240,8 +255,10 @@ def _check_values(weights: SourceWeights, tensors: Mapping[str, SourceTensor], i
             raise WeightsError(
                 f"{weights.source}: {source.name} holds {source.tensor.dtype}, no floating-point numbers"
             )
-        if not torch.isfinite(source.tensor).all():
+        if not torch.isfinite(source.tensor.to(initial[name].dtype)).all():
             raise WeightsError(f"{weights.source}: {source.name} holds numbers that are not finite")
+        if name.endswith(".running_var") and (source.tensor < 0).any():
+            raise WeightsError(f"{weights.source}: {source.name} holds variances below zero")
 
 
 def _num_classes(tensors: Mapping[str, SourceTensor]) -> int | None:
@@ -315,12 +332,27 @@ def _check_knobs(weights: SourceWeights, config: ModelConfig) -> list[str]:
         here: object = config
         for part in key.split("."):
             here = getattr(here, part)
-        if here != there and not (key == "norms.epsilon" and weights.norm_epsilon is not None):
-            differences.append(f"model.{key} {here} (there {there})")
+        if not _are_equal(here, there) and not (key == "norms.epsilon" and weights.norm_epsilon is not None):
+            differences.append(f"model.{key} {_show(here)} (there {_show(there)})")
     if not differences:
         return []
     hint = f"; {weights.preset} has the values of the original" if weights.preset else ""
     return [f"the model computes otherwise than the one these weights were trained in: {', '.join(differences)}{hint}"]
+
+
+def _are_equal(one: object, other: object) -> bool:
+    """Also where a number was written with fewer digits."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return all(map(_are_equal, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return one == other
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_show, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _names(names: Sequence[str], most: int | None) -> str:

@@ -15,7 +15,7 @@ from model.mask_rcnn import MaskRCNN
 from model.masks import paste_masks
 from model.structures import Detections
 from model.weights import is_import
-from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, read_description
+from pipeline.checkpoint import build_model, check_same_classes, load_judged_state, verify_checkpoint
 from pipeline.checkpoint_reference import resolve_checkpoint
 from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
@@ -154,7 +154,7 @@ def load_weights(config: ExperimentConfig, weights: str, class_names: Sequence[s
         for line in report.lines():
             say(line)
         return model
-    description = read_description(weights)
+    description = verify_checkpoint(weights)
     check_same_classes(description, list(class_names), weights)
     _check_same_model(description.experiment(), config, weights)
     model = MaskRCNN(config.model, len(class_names) + 1)

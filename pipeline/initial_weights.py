@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +17,18 @@ from model.mask_rcnn import MaskRCNN
 from model.source_weights import SourceTensor, SourceWeights, WeightsError, one_line
 from model.weights import Report, fit_weights, is_import, read_weights
 from pipeline import run_state, storage
-from pipeline.checkpoint import judged_file, read_description, read_model_state
+from pipeline.checkpoint import judged_file, read_model_state, verify_checkpoint
 from pipeline.checkpoint_reference import resolve_checkpoint
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 
 Say = Callable[[str], None]
 NONE = "none"
+KNOBS = (
+    "pixel_mean", "pixel_std", "padding", "image_position", "boxes", "norms.epsilon", "backbone.variant",
+    "anchors.ratios", "anchors.rounded", "rpn.delta_scale", "box_head.delta_scale", "roi.pooling",
+)  # fmt: skip
+"""Keys of the model that change no shape, but what its weights mean."""
 INITIAL_WEIGHTS_FILE = "initial_weights.safetensors"
 
 
@@ -118,9 +125,12 @@ def find_checkpoint(reference: str, config: ExperimentConfig) -> str:
 
 def _read_checkpoint(reference: str, config: ExperimentConfig) -> SourceWeights:
     folder = find_checkpoint(reference, config)
+    description = verify_checkpoint(folder)
+    there = description.experiment().model.model_dump()
     return SourceWeights(
         reference,
         {name: SourceTensor(name, tensor) for name, tensor in read_model_state(folder, judged_file(folder)).items()},
-        class_names=tuple(read_description(folder).class_names),
+        class_names=tuple(description.class_names),
         class_names_from="those of the checkpoint",
+        knobs={key: functools.reduce(operator.getitem, key.split("."), there) for key in KNOBS},
     )

@@ -8,7 +8,7 @@ import json
 from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
 from model.weights import is_import, read_weights
-from pipeline.checkpoint import load_judged_state, read_description
+from pipeline.checkpoint import load_judged_state, verify_checkpoint
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 from pipeline.inference import Predictor
@@ -42,7 +42,7 @@ def load_predictor(config: ExperimentConfig, checkpoint: str, say: Say) -> Predi
         experiment = config
     else:
         folder = find_checkpoint(checkpoint, config)
-        description = read_description(folder)
+        description = verify_checkpoint(folder)
         experiment, class_names = description.experiment(), description.class_names
         model = MaskRCNN(with_thresholds(experiment.model, settings), len(class_names) + 1)
         load_judged_state(folder, model)

@@ -25,6 +25,12 @@ Array = npt.NDArray[Any]
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[2].parent / "shared" / "golden"))
 FILES = ("forward", "detect", "roialign", "stages", "pure", "losses", "targets", "train_step")
+SLICES = {
+    "C1": (1, 2, 2, 4), "C2": (1, 2, 2, 16), "C3": (1, 2, 2, 16), "C4": (1, 1, 1, 16), "C5": (1, 1, 1, 8),
+    "P2": (1, 2, 2, 8), "P3": (1, 1, 1, 8), "P4": (1, 1, 1, 2),
+    "pooled_class": (1, 10, 1, 1, 16), "pooled_mask": (1, 4, 1, 1, 32),
+}  # fmt: skip
+"""Steps of the slices of large tensors, as the files' README gives them; of others the whole is there."""
 
 needs_golden = pytest.mark.skipif(
     "GOLDEN_DIR" not in os.environ and not (FOLDER / "manifest.json").is_file(),
@@ -71,7 +77,9 @@ def cases(file: str, start: str) -> list[str]:
     if not (FOLDER / f"{file}.npz").is_file():
         return []
     names = {key.rsplit("__", 1)[0] if "__" in key else key for key in archive(file)}
-    return sorted(name for name in names if name.startswith(start))
+    found = sorted(name for name in names if name.startswith(start))
+    assert found, f"{FOLDER}: no case of {file}.npz begins with {start}"  # else its test would be skipped
+    return found
 
 
 def swapped(values: Array) -> Tensor:
@@ -112,15 +120,23 @@ def original_config() -> dict[str, Any]:
     return config
 
 
+def delta_scale(name: str) -> tuple[float, float, float, float]:
+    """RPN_BBOX_STD_DEV or BBOX_STD_DEV, of (dy, dx, dh, dw), as ours of (dx, dy, dw, dh)."""
+    dy, dx, dh, dw = original_config()[name]
+    return dx, dy, dw, dh
+
+
+def class_names() -> list[str]:
+    """Names for classes 1..C-1, which the original does not give."""
+    return [f"class {index}" for index in range(1, original_config()["NUM_CLASSES"])]
+
+
 def model_config() -> ModelConfig:
     """configs/matterport.yaml with the sizes and thresholds of the golden model."""
     original = original_config()
     preset = yaml.safe_load((Path(__file__).parents[2] / "configs" / "matterport.yaml").read_text())["model"]
-
-    def delta_scale(name: str) -> list[float]:
-        return [original[name][index] for index in (1, 0, 3, 2)]
-
     changes: dict[str, Any] = {
+        "weights_classes": class_names(),  # 81 would be taken for COCO's
         "pixel_mean": [value / 255 for value in original["MEAN_PIXEL"]],
         "backbone": {"depth": int(original["BACKBONE"].removeprefix("resnet"))},
         "fpn": {"channels": original["TOP_DOWN_PYRAMID_SIZE"]},

@@ -19,8 +19,11 @@ from model.weights import import_weights
 from pipeline.preprocess import resize_image
 from tests.model.factories import box_batch
 from tests.model.golden import (
+    SLICES,
     Array,
     Case,
+    class_names,
+    delta_scale,
     manifest,
     model_config,
     needs_golden,
@@ -44,9 +47,8 @@ def weight_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(weight_file: Path) -> MaskRCNN:
-    num_classes = original_config()["NUM_CLASSES"]
-    model = MaskRCNN(model_config(), num_classes)
-    import_weights(f"matterport:{weight_file}", model, [f"class {index}" for index in range(1, num_classes)])
+    model = MaskRCNN(model_config(), original_config()["NUM_CLASSES"])
+    import_weights(f"matterport:{weight_file}", model, class_names())
     return model.eval()
 
 
@@ -71,8 +73,7 @@ def assert_slice(golden: Case, name: str, actual: Tensor, atol: float | None = N
     expected = golden.tensor(name)
     if f"{name}__full_shape" in golden:
         assert list(whole.shape) == golden[f"{name}__full_shape"].tolist()
-        steps = [-(-full // part) for full, part in zip(whole.shape, expected.shape, strict=True)]
-        part = whole[tuple(slice(None, None, step) for step in steps)]
+        part = whole[tuple(slice(None, None, step) for step in SLICES[name])]
         absolute = float(golden[f"{name}__abs_sum"])
         values = whole.double()
         assert float(values.sum()) == pytest.approx(float(golden[f"{name}__sum"]), abs=1e-5 * absolute)
@@ -293,7 +294,7 @@ class TestDetect:
             masks = paste_masks(results, height, width, model.config.detections.whole_pixels)
             expected_masks = golden[f"result_{image}_masks"].transpose(2, 0, 1)
             assert masks.shape == expected_masks.shape
-            assert (masks != expected_masks).mean() <= 0.001
+            assert (masks != expected_masks).sum() <= 0.001 * masks.size  # there may be none
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +387,7 @@ class TestTrainingStep:
             best, index = iou.max(dim=1)
             assert bool((best >= 0.5).all())
             torch.testing.assert_close(gt_classes[image, index], step["classes"][image, rows])
-            deltas = encode_boxes(gt_boxes[image, index], regions, (0.1, 0.1, 0.2, 0.2))
+            deltas = encode_boxes(gt_boxes[image, index], regions, delta_scale("BBOX_STD_DEV"))
             expected = golden.boxes("target__deltas")[image, rows]
             torch.testing.assert_close(deltas.float(), expected, rtol=0, atol=1e-5)
             batch = box_batch([gt_boxes[image, :number].tolist()], [gt_classes[image, :number].tolist()])
@@ -500,5 +501,5 @@ def imported(model: MaskRCNN, maker: Any, content: Any, folder: Path, fill: Any)
                 if "moving_" not in entry["name"]:
                     dataset[...] = fill(group["layer"], entry["name"], dataset.size).reshape(dataset.shape)
     other = MaskRCNN(model.config, model.num_classes)
-    import_weights(f"matterport:{path}", other, [f"class {index}" for index in range(1, model.num_classes)])
+    import_weights(f"matterport:{path}", other, class_names())
     return {name: parameter.detach().numpy() for name, parameter in other.named_parameters()}

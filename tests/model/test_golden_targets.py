@@ -13,11 +13,10 @@ from model.mask_targets import crop_mask_targets
 from model.structures import Batch
 from model.targets import match_anchors, sample_regions
 from tests.model.factories import box_batch
-from tests.model.golden import Array, Case, cases, needs_golden, original_config, to_normalised, to_pixels
+from tests.model.golden import Array, Case, cases, delta_scale, needs_golden, original_config, to_normalised, to_pixels
 
 pytestmark = needs_golden
 
-SCALE = (0.1, 0.1, 0.2, 0.2)
 SIDE = 128  # of the canvas that normalised boxes are taken to be of
 
 
@@ -55,9 +54,9 @@ def test_anchors(name: str) -> None:
     torch.testing.assert_close(negative[0], match == -1)
     assert (match == 1).any()
 
-    deltas = encode_boxes(batch.boxes[0, matched[0]], anchors, SCALE)[positive[0]]
+    deltas = encode_boxes(batch.boxes[0, matched[0]], anchors, delta_scale("RPN_BBOX_STD_DEV"))[positive[0]]
     packed = golden.boxes("rpn_bbox")
-    torch.testing.assert_close(deltas, packed[: len(deltas)], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(deltas, packed[: len(deltas)], rtol=0, atol=1e-5)
     assert not packed[len(deltas) :].any()
 
 
@@ -112,7 +111,7 @@ def test_regions(name: str) -> None:
     positives = slots[:num_positive]
     gt_index = targets.matched_gt_index[0, positives]
     expected_deltas = golden.boxes("target_deltas")
-    deltas = encode_boxes(batch.boxes[0, gt_index], targets.boxes[0, positives], SCALE)
+    deltas = encode_boxes(batch.boxes[0, gt_index], targets.boxes[0, positives], delta_scale("BBOX_STD_DEV"))
     torch.testing.assert_close(deltas.float(), expected_deltas[:num_positive], rtol=0, atol=1e-5)
     assert not expected_deltas[num_positive:].any()
 

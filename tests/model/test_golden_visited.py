@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.model.golden import FILES, archive, needs_golden, visited
+from tests.model.golden import FILES, FOLDER, archive, needs_golden, visited
 
 pytestmark = needs_golden
 
@@ -21,6 +21,7 @@ def test_every_number_was_looked_at(request: pytest.FixtureRequest) -> None:
     everything = {path.name for path in request.path.parent.glob("test_golden_*.py")}
     if together != everything:
         pytest.skip("only some of the golden tests were asked for")
+    assert {path.stem for path in FOLDER.glob("*.npz")} == set(FILES)
     missing = [
         f"{file}.npz {key}"
         for file in FILES

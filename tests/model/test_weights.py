@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from model.config import FpnConfig, ModelConfig, NormConfig
 from model.mask_rcnn import MaskRCNN
 from model.source_weights import SourceTensor, SourceWeights, WeightsError
-from model.weights import COUNTER, fit_weights, import_weights, read_weights
+from model.weights import COUNTER, NUMBERS_PER_CLASS, fit_weights, import_weights, read_weights
 from tests.model.factories import tiny_config
 
 NAMES = ("cat", "dog", "owl")
@@ -105,7 +105,7 @@ def refusal(weights: SourceWeights, config: ModelConfig | None = None) -> str:
 
 def test_a_missing_backbone_is_refused() -> None:
     message = refusal(without(source_of(random_model()), lambda name: name.startswith("backbone.")))
-    assert message == "file: has no backbone"
+    assert message.startswith("file: has no ResNet as its backbone (it holds their.fpn.laterals.0.weight, ")
 
 
 @pytest.mark.parametrize(
@@ -116,26 +116,35 @@ def test_a_missing_backbone_is_refused() -> None:
         ("box_head.convolutions.1.weight", "model.box_head.kind"),
         ("box_head.norms.0.bias", "model.box_head.norm"),
         ("mask_head.convolutions.1.weight", "model.mask_head.num_convolutions"),
-        ("backbone.stages.1.0.downsample.0.weight", "model.backbone.depth"),
     ],
 )
 def test_half_a_part_is_another_architecture(missing: str, key: str) -> None:
     message = refusal(without(source_of(random_model()), lambda name: name == missing))
-    assert f"of another architecture: nothing in it is the configured model's {missing}; see {key}" in message
+    assert f"of another architecture, or not whole: nothing in it is the configured model's {missing}" in message
+    assert f"; see {key}" in message
+
+
+def test_a_layer_of_a_known_backbone_is_missing() -> None:
+    message = refusal(without(source_of(random_model()), lambda name: name.startswith("backbone.stages.1.0.down")))
+    assert message == (
+        "file: not whole: it lacks what would be the model's backbone.stages.1.0.downsample.0.weight, "
+        "backbone.stages.1.0.downsample.1.weight, backbone.stages.1.0.downsample.1.bias and 2 more; save the model anew"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"norms": NormConfig(convolution_bias=True)}, "nothing in it is the configured model's backbone.stem.0.bias; "
+        ({"norms": NormConfig(convolution_bias=True)}, ", or not whole: nothing in it is the configured model's "
+         "backbone.stem.0.bias, backbone.stages.0.0.conv1.bias, backbone.stages.0.0.conv2.bias and 21 more; "
          "see model.norms.convolution_bias"),
-        ({"fpn": FpnConfig(channels=16, norm="batch")}, "their.fpn.laterals.0.weight has no place in the configured "
+        ({"fpn": FpnConfig(channels=16, norm="batch")}, ": their.fpn.laterals.0.weight has no place in the configured "
          "model; see model.fpn.norm"),
     ],
 )  # fmt: skip
 def test_another_architecture_names_the_key(changes: dict[str, Any], found: str) -> None:
     message = refusal(replace(source_of(random_model()), preset="configs/x.yaml"), tiny_config(**changes))
-    assert message == f"file: of another architecture: {found} (configs/x.yaml fits)"
+    assert message == f"file: of another architecture{found} (configs/x.yaml fits)"
 
 
 def test_another_depth_is_named_as_such() -> None:
@@ -150,6 +159,33 @@ def test_a_wrong_shape_names_the_layer_and_both_shapes() -> None:
     wrong = SourceTensor("conv1/kernel:0", torch.zeros(64, 3, 5, 5), (3, 2, 0, 1))
     message = refusal(replace(weights, tensors={**weights.tensors, "backbone.stem.0.weight": wrong}))
     assert message == "file: conv1/kernel:0 has shape (5, 5, 3, 64), the configured model needs (7, 7, 3, 64)"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.full((64,), -1.0), "holds variances below zero"),
+        (torch.full((64,), 1e200, dtype=torch.float64), "holds numbers that are not finite"),  # in float32
+        (torch.ones(64).to_sparse(), "is no plain tensor with its numbers; save them dense"),
+        (torch.ones(64, device="meta"), "is no plain tensor with its numbers; save them dense"),
+        (torch.ones(64, dtype=torch.int64), "holds torch.int64, no floating-point numbers"),
+    ],
+)
+def test_numbers_that_no_norm_can_have_are_refused(tensor: Tensor, found: str) -> None:
+    weights, name = source_of(random_model()), "backbone.stem.1.running_var"
+    message = refusal(replace(weights, tensors={**weights.tensors, name: SourceTensor("bn1.running_var", tensor)}))
+    assert message == f"file: bn1.running_var {found}"
+
+
+def test_classes_without_a_row_are_refused() -> None:
+    weights = source_of(random_model())
+    empty = {
+        name: replace(source, tensor=source.tensor[:0])
+        for name, source in weights.tensors.items()
+        if name.rpartition(".")[0] in NUMBERS_PER_CLASS
+    }
+    message = refusal(replace(weights, tensors={**weights.tensors, **empty}))
+    assert message == "file: its layers for classes have no row, not even for background"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

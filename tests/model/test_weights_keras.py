@@ -1,5 +1,6 @@
 """Keras weight files, written here by hand in every layout that is met: under the right names, in the right order."""
 
+import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,10 @@ BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 def thin_config(depth: Any = 50, **changes: Any) -> ModelConfig:
     return ModelConfig(
+        pixel_mean=(0.4850980392, 0.4580392157, 0.4074509804),
+        pixel_std=(1 / 255, 1 / 255, 1 / 255),
+        padding="black",
+        image_position="centre",
         boxes="inclusive",
         norms=NormConfig(epsilon=1e-3, convolution_bias=True),
         backbone=BackboneConfig(depth=depth, norm="frozen_statistics", variant="keras"),
@@ -223,13 +228,23 @@ class TestNames:
         assert sum(report.loaded.values()) == len(FULL) == 384
         assert report.initial_parts == ()
         assert report.skipped == {"activation_40": "layers without weights", "input_image": "layers without weights"}
-        assert report.notes == ()
+        note = (
+            "the model computes otherwise than the one these weights were trained in: model.anchors.ratios [0.5, 1] "
+            "(there [0.5, 1, 2]); configs/matterport.yaml has the values of the original"
+        )
+        assert report.notes == (note,)
         assert report.lines() == [
             f"weights: matterport:{full}: 384 tensors loaded (backbone 318, fpn 16, rpn 6, box_head 16, mask_head 28)",
             "weights: classes: the file does not name its 3: taken in order (model.weights_classes names them)",
             "weights: rows from the file: background, cat, dog, owl",
             "weights: skipped, layers without weights: activation_40, input_image",
+            f"weights: {note}",
         ]
+
+    def test_another_scale_of_the_pixels_is_noted(self, full: str) -> None:
+        config = thin_config().model_copy(update={"pixel_std": (0.229, 0.224, 0.225)})
+        _, report = fit(full, config)
+        assert "model.pixel_std [0.229, 0.224, 0.225] (there [0.003922, 0.003922, 0.003922])" in report.notes[0]
 
 
 class TestLayouts:
@@ -441,8 +456,25 @@ class TestRefusals:
     def test_a_layer_is_missing(self, tmp_path: Path) -> None:
         shapes = {name: shape for name, shape in FULL.items() if name[0] != "mrcnn_mask_conv3"}
         assert refusal(write_file(tmp_path / "less.h5", shapes)).startswith(
-            "of another architecture: nothing in it is the configured model's mask_head.convolutions.2."
+            "of another architecture, or not whole: nothing in it is the configured model's mask_head.convolutions.2."
         )
+
+    @pytest.mark.parametrize("group", ["rpn_model_1", "rpn_model/rpn_model"])
+    def test_the_rpn_in_another_group(self, tmp_path: Path, full: str, group: str) -> None:
+        path = str(shutil.copy(full, tmp_path / "moved.h5"))
+        with h5py.File(path, "r+") as file:
+            file.move("rpn_model", "moved")
+            file.create_group(group.rpartition("/")[0] or "unused")
+            file.move("moved", group)
+        state, report = fit(path)
+        assert report.initial_parts == ()
+        assert torch.equal(state["rpn.shared.0.weight"], fit(full)[0]["rpn.shared.0.weight"])
+
+    def test_an_rpn_that_is_not_understood(self, tmp_path: Path, full: str) -> None:
+        path = str(shutil.copy(full, tmp_path / "odd.h5"))
+        with h5py.File(path, "r+") as file:
+            file.move("rpn_model/rpn_conv_shared", "rpn_model/first")
+        assert refusal(path).startswith("rpn_model/first/")
 
     def test_the_same_weight_twice(self, tmp_path: Path) -> None:
         path = write_file(tmp_path / "twice.h5", FULL)

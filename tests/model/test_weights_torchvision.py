@@ -331,7 +331,7 @@ class TestFiles:
         _, report = fit(saved(tmp_path / "v1.pth", small), config)
         assert report.notes == (
             "the model computes otherwise than the one these weights were trained in: model.anchors.ratios "
-            "(0.5, 1.0, 2.0) (there (2.0, 1.0, 0.5)), model.anchors.rounded False (there True); "
+            "[0.5, 1, 2] (there [2, 1, 0.5]), model.anchors.rounded False (there True); "
             "configs/torchvision_v1.yaml has the values of the original",
         )
 
@@ -414,7 +414,7 @@ class TestRefusals:
             ([1, 2], "no state dict, but list"),
             ({}, "no state dict, but dict"),
             ({"epoch": 3}, "no state dict: 'epoch' is no tensor, but int"),
-            ({3: torch.zeros(3)}, "no state dict: 3 is no tensor"),
+            ({3: torch.zeros(3)}, "no state dict: 3 is no name"),
             ({"model": {"conv1.weight": "text"}}, "no state dict: 'conv1.weight' is no tensor, but str"),
             ({"head.bias": torch.zeros(3)}, "a state dict, but none of its tensors is of torchvision's Mask R-CNN or "
              "of a ResNet (they are: head.bias)"),
