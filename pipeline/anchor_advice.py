@@ -118,7 +118,12 @@ def suggest(objects: Objects, num_scales: int, num_ratios: int) -> tuple[list[fl
     sizes = sizes[(sizes > 0).all(axis=1)]
     scales = kmeans(np.log(sizes.prod(axis=1)) / 2, num_scales)
     ratios = kmeans(np.log(sizes[:, 0] / sizes[:, 1]), num_ratios)
-    return [round(float(np.exp(s)), 1) for s in scales], [round(float(np.exp(r)), 2) for r in ratios]
+    return [_rounded(np.exp(s), 1) for s in scales], [_rounded(np.exp(r), 2) for r in ratios]
+
+
+def _rounded(number: float, digits: int) -> float:
+    """So many digits behind the point; of small numbers two that are not zero, for no anchor is without size."""
+    return round(float(number), digits) if number >= 10.0 ** (1 - digits) else float(f"{number:.2g}")
 
 
 def kmeans(values: FloatArray, k: int) -> FloatArray:
@@ -148,7 +153,7 @@ def best_doubling(objects: Objects, ratios: Sequence[float], anchor_stride: int)
     few = Objects(objects.boxes[::every], objects.canvases[::every])
     found = []
     for start in SMALLEST_SCALES:
-        scales = [round(start * 2**level, 1) for level in range(len(LEVELS))]
+        scales = [_rounded(start * 2**level, 1) for level in range(len(LEVELS))]
         best = best_ious(few, scales, ratios, anchor_stride).max(axis=1)
         found.append(((best >= GOOD_IOU).sum() + (best >= POOR_IOU).sum(), -start, scales))
     return max(found)[2]

@@ -59,7 +59,8 @@ class Annotation:
     """1..C-1."""
     bbox: tuple[float, float, float, float]
     """x, y, width, height as the file has them."""
-    area: float
+    area: float | None
+    """None where the file has none: the number of pixels of the mask, then."""
     is_crowd: bool
     segmentation: Any
     """Polygons (list of flat x, y lists), or RLE (`{"size": ..., "counts": ...}`)."""
@@ -148,7 +149,7 @@ def categories_of(file: CocoFile) -> dict[int, str]:
     by_id: dict[int, str] = {}
     for category in file.categories:
         category_id, name = category.get("id"), category.get("name")
-        if not is_int(category_id) or not isinstance(name, str) or not name:
+        if not is_int(category_id) or not isinstance(name, str) or not name or not is_unicode(name):
             raise UserError(f"{file.path}: category {category!r} needs an integer id and a name")
         if category_id in by_id:
             raise UserError(f"{file.path}: category id {category_id} stands there twice")
@@ -170,6 +171,11 @@ def classes_of_source(file: CocoFile, class_map: ClassMap) -> tuple[dict[int, in
             known = ", ".join(class_map.names[:10])
             raise UserError(f"{file.path}: category {name!r} is none of the training classes ({known})") from None
     return class_of_category, sorted(set(class_of_category.values()))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON can name halves of characters, which nothing else takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_int(value: object) -> TypeGuard[int]:

@@ -79,14 +79,13 @@ def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_name
     except (ImageProblem, OSError):
         return _bare_picture(record.path)
     noted = {problem.annotation_id for problem in problems if problem.annotation_id is not None}
-    masks = [rasterise(a.segmentation, record.height, record.width) for a in record.annotations]
+    masks = (rasterise(a.segmentation, record.height, record.width) for a in record.annotations)  # one at a time
     boxes = np.array([_corners(a) for a in record.annotations], dtype=np.float32).reshape(-1, 4)
     labels = [
         f"{class_names[a.class_id - 1]} {a.annotation_id}" if a.annotation_id in noted else ""
         for a in record.annotations
     ]
-    bitmaps = np.array(masks, dtype=bool).reshape(-1, record.height, record.width)
-    return _encoded(draw_objects(image, bitmaps, boxes, labels, list(range(len(masks)))))
+    return _encoded(draw_objects(image, masks, boxes, labels, list(range(len(labels)))))
 
 
 def _corners(annotation: Annotation) -> tuple[float, float, float, float]:

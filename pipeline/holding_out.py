@@ -43,7 +43,7 @@ def _draws(file: CocoFile) -> list[float]:
     of_id: dict[int, float] = {}
     draws = []
     for image in file.images:
-        digest = hashlib.sha256(str(image.get("file_name")).encode()).digest()
+        digest = hashlib.sha256(str(image.get("file_name")).encode(errors="surrogatepass")).digest()
         draw = int.from_bytes(digest[:8], "big") / 2**64
         image_id = image.get("id")
         draws.append(of_id.setdefault(image_id, draw) if is_int(image_id) else draw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from pipeline.preflight import (
 )
 from pipeline.problems import PolicyError, Problem, Quarantined, count_kinds, raise_errors
 from pipeline.progress import duration
-from pipeline.record_checks import check_records
+from pipeline.record_checks import below_a_folder, check_records, paths_by_base_name
 from pipeline.row_encoding import RowSettings
 from pipeline.shard_writer import Contents, write_shards
 from pipeline.shards import FORMAT_VERSION, MANIFEST, Manifest, Source, read_manifest
@@ -229,9 +230,13 @@ def _files_key(files: Sequence[CocoFile], stamps: dict[str, dict[str, str]]) -> 
     digest = hashlib.sha256()
     for file in files:
         present = stamps[file.images_folder]
+        by_base_name = paths_by_base_name(present)
         for image in file.images:
-            name = image.get("file_name")
-            digest.update(f"{name} {present.get(name) if isinstance(name, str) else None}\n".encode())
+            name = str(image.get("file_name"))
+            path = posixpath.normpath(name)
+            places = [path] if path in present else below_a_folder(path, by_base_name)
+            stamps_of_name = " ".join(present[place] for place in places) or None
+            digest.update(f"{name} {stamps_of_name}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 

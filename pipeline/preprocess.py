@@ -57,6 +57,10 @@ def decode_image(content: bytes, height: int | None = None, width: int | None = 
         raise ImageProblem(f"is refused ({error})", "decompression_bomb") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageProblem(f"cannot be decoded ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that make no sense end in errors of many kinds, by format
+        raise ImageProblem(f"cannot be decoded ({type(error).__name__}: {error})") from error
     if height is not None and array.shape[:2] != (height, width):
         found = f"{array.shape[1]} x {array.shape[0]}"
         exchanged = array.shape[:2] == (width, height)
@@ -67,11 +71,13 @@ def decode_image(content: bytes, height: int | None = None, width: int | None = 
 
 def exif_orientation(content: bytes) -> int:
     """EXIF orientation of an image file that can be decoded, 1 (upright) to 8; 1 where it has none."""
-    with Image.open(io.BytesIO(content)) as image:
-        try:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except (OSError, SyntaxError, ValueError):  # a damaged EXIF block
-            return 1
+    except MemoryError:
+        raise
+    except Exception:  # a damaged EXIF block ends in errors of many kinds
+        return 1
     return orientation if isinstance(orientation, int) and 2 <= orientation <= 8 else 1
 
 

@@ -5,9 +5,12 @@ Needs the annotation file and a listing of the images folder, but opens no image
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import itertools
+import posixpath
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline import storage
 from pipeline.coco import (
@@ -22,11 +25,14 @@ from pipeline.coco import (
     is_int,
     is_number,
     is_side,
+    is_unicode,
 )
 from pipeline.config import PolicySettings
 from pipeline.problems import Level, Problem, Quarantined, quarantined
 
 EDGE_TOLERANCE = 1.0  # pixels by which a box may leave the image without being worth a word
+FARTHEST = 1e6  # pixels from the corner of an image that a coordinate may lie: no image is so large
+LONGEST_OUTLINE = 1e7  # pixels: drawing a polygon takes memory for every one of them
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def check_records(
     for record in file.annotations:
         lost = findings.images_left_out.get(record.get("image_id")) if is_int(record.get("image_id")) else None
         if lost is not None and record["image_id"] not in images:
+            if is_int(record.get("id")):
+                seen.add(record["id"])
             orphans.append(_orphan(record, lost))
             continue
         annotation = _check_annotation(record, images, class_of_category, seen, findings)
@@ -154,18 +162,19 @@ def _check_images(
 ) -> dict[int, Json]:
     """Usable image records by id, each with `stored_as`, its file's place in the images folder."""
     images: dict[int, Json] = {}
+    ids: set[int] = set()
     names: set[str] = set()
-    by_base_name: dict[str, list[str]] = {}
-    for path in present or ():
-        by_base_name.setdefault(path.rsplit("/", 1)[-1], []).append(path)
+    by_base_name = paths_by_base_name(present or ())
     for image in file.images:
-        kind, reason = _image_problem(image, images)
+        kind, reason = _image_problem(image, ids)
+        if is_int(image.get("id")):
+            ids.add(image["id"])
         if kind is not None and findings.add(kind, "image", reason, image):
             continue
         image_id, name = image["id"], image["file_name"]
-        stored_as = name
-        if present is not None and name not in present:
-            elsewhere = sorted(by_base_name.get(name.rsplit("/", 1)[-1], []))
+        stored_as = posixpath.normpath(name)
+        if present is not None and stored_as not in present:
+            elsewhere = below_a_folder(stored_as, by_base_name)
             if len(elsewhere) == 1:
                 reason = f"image {image_id}: {name} is not in {file.images_folder}, only {elsewhere[0]} is"
                 kind, stored_as = "file_in_subfolder", elsewhere[0]
@@ -179,7 +188,7 @@ def _check_images(
             reason = f"image {image_id}: another image has the file {stored_as} too"
             if findings.add("duplicate_file_name", "image", reason, image):
                 continue
-        if storage.join(file.images_folder, name) in validated:
+        if storage.join(file.images_folder, stored_as) in validated:
             reason = f"image {image_id}: {name} is among the images to validate on"
             if findings.add("image_in_both_splits", "image", reason, image):
                 continue
@@ -190,18 +199,38 @@ def _check_images(
 
 def leaves_folder(name: str) -> bool:
     """Whether a file name is an absolute path, a URL, or climbs out of the folder that it is relative to."""
-    return name.startswith("/") or "\\" in name or ".." in name.split("/") or "://" in name or "\0" in name
+    is_of_a_drive = re.match(r"[A-Za-z]:", name) is not None
+    return name.startswith("/") or "\\" in name or ".." in name.split("/") or "://" in name or is_of_a_drive
 
 
-def _image_problem(image: Json, images: dict[int, Json]) -> tuple[str | None, str]:
+def paths_by_base_name(present: Iterable[str]) -> dict[str, list[str]]:
+    """Paths of files by the last part of each."""
+    found: dict[str, list[str]] = {}
+    for path in present:
+        found.setdefault(posixpath.basename(path), []).append(path)
+    return found
+
+
+def below_a_folder(name: str, by_base_name: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where a file of this whole relative name lies, seen from some subfolder, in order."""
+    return sorted(path for path in by_base_name.get(posixpath.basename(name), ()) if path.endswith(f"/{name}"))
+
+
+def _is_file_name(name: object) -> TypeGuard[str]:
+    """Whether it is text that a file can be called."""
+    return isinstance(name, str) and bool(name) and "\0" not in name and is_unicode(name)
+
+
+def _image_problem(image: Json, ids: Container[int]) -> tuple[str | None, str]:
     """Kind and description of what makes an image record unusable; None where nothing does."""
     image_id, name = image.get("id"), image.get("file_name")
     if not is_int(image_id):
         return "malformed_record", f"image {image!r:.100} has no integer id"
-    if image_id in images:
+    if image_id in ids:
         return "duplicate_image_id", f"image id {image_id} stands there twice"
-    if not isinstance(name, str) or not name:
-        return "malformed_record", f"image {image_id} has no file_name"
+    if not _is_file_name(name):
+        given = "has no file_name" if name in (None, "") else f"has file_name {name!r}, which no file can have"
+        return "malformed_record", f"image {image_id} {given}"
     if leaves_folder(name):
         return (
             "path_outside_folder",
@@ -224,6 +253,8 @@ def _check_annotation(
     image = images.get(image_id) if is_int(image_id) else None
     known_id = annotation_id if is_int(annotation_id) else None
     kind, reason = _annotation_problem(record, image, class_of_category, seen)
+    if known_id is not None:
+        seen.add(known_id)
     if kind is not None and findings.add(kind, "annotation", reason, image, known_id):
         return None
     assert image is not None
@@ -242,18 +273,18 @@ def _check_annotation(
         segmentation = [polygon for polygon in segmentation if not is_short(polygon)]
         if not segmentation:
             reason = f"annotation {known_id}: no polygon with three points and an extent"
-            findings.add("short_polygon" if findings.policies.short_polygon == "error" else "empty_mask",
+            findings.add("empty_mask" if findings.policies.short_polygon == "fix" else "short_polygon",
                          "annotation", reason, image, known_id)  # fmt: skip
             return None
     is_crowd = bool(record.get("iscrowd", 0))
     if is_crowd and findings.add("crowd", "annotation", f"annotation {known_id} is a crowd", image, known_id):
         return None
-    seen.add(known_id)
+    area = record.get("area")
     return Annotation(
         annotation_id=known_id,
         class_id=class_of_category[record["category_id"]],
         bbox=bbox,
-        area=float(record.get("area", bbox[2] * bbox[3])),
+        area=None if area is None else float(area),
         is_crowd=is_crowd,
         segmentation=segmentation,
     )
@@ -297,9 +328,14 @@ def _annotation_problem(
         return "malformed_record", f"annotation {annotation_id}: bbox {bbox!r} is not four finite numbers"
     if not all(map(is_finite, bbox)):
         return "non_finite_number", f"annotation {annotation_id}: bbox {bbox!r} is not four finite numbers"
-    if "area" in record and not (is_number(record["area"]) and is_finite(record["area"])):
-        kind = "non_finite_number" if is_number(record["area"]) else "malformed_record"
-        return kind, f"annotation {annotation_id}: area {record['area']!r} is not a finite number"
+    if any(abs(number) > FARTHEST for number in bbox):
+        return "malformed_record", f"annotation {annotation_id}: bbox {bbox!r} lies far outside of any image"
+    area = record.get("area")
+    if area is not None and not (is_number(area) and is_finite(area)):
+        kind = "non_finite_number" if is_number(area) else "malformed_record"
+        return kind, f"annotation {annotation_id}: area {area!r} is not a finite number"
+    if record.get("iscrowd") not in (None, 0, 1):
+        return "malformed_record", f"annotation {annotation_id}: iscrowd {record['iscrowd']!r} is neither 0 nor 1"
     return _segmentation_problem(annotation_id, record.get("segmentation"), image)
 
 
@@ -326,7 +362,15 @@ def _segmentation_problem(annotation_id: int, segmentation: Any, image: Json) ->
             return "non_finite_number", f"annotation {annotation_id}: a polygon is not a list of finite numbers"
         if len(polygon) % 2:
             return "malformed_record", f"annotation {annotation_id}: a polygon has an odd number of coordinates"
+        if any(abs(number) > FARTHEST for number in polygon) or _outline_length(polygon) > LONGEST_OUTLINE:
+            return "malformed_record", f"annotation {annotation_id}: a polygon reaches far outside of any image"
     return None, ""
+
+
+def _outline_length(polygon: Sequence[float]) -> float:
+    """Pixels that a closed outline passes."""
+    points = list(zip(polygon[::2], polygon[1::2], strict=True))
+    return sum(max(abs(x - v), abs(y - w)) for (x, y), (v, w) in itertools.pairwise([*points, *points[:1]]))
 
 
 def _run_lengths(text: str) -> list[int]:

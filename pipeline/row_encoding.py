@@ -120,6 +120,12 @@ def encode_row(row: int, record: ImageRecord, settings: RowSettings) -> tuple[di
             kept.append(checked)
             mask_boxes += box
             mask_bits.append(bits)
+    if record.annotations and not kept:
+        reason = f"image {record.image_id} ({record.file_name}) has no annotation that can be used"
+        problem = _problem("image_without_annotations", settings, record, reason)
+        if problem.policy in ("error", "drop"):
+            raise ImageLeftOut(problem)
+        problems.append(problem)
     canvas, image_height, image_width = choose_canvas(
         record.height, record.width, settings.canvases, settings.short_side
     )
@@ -187,8 +193,10 @@ def check_mask(
             return None, problems
         if policy == "fix":
             annotation = dataclasses.replace(annotation, bbox=of_mask)
-    if abs(annotation.area - num_pixels) > AREA_TOLERANCE * max(annotation.area, num_pixels):
-        policy = note("area_disagrees_with_mask", f"area is {annotation.area:g}, the mask has {num_pixels} pixels")
+    area = num_pixels if annotation.area is None else annotation.area
+    annotation = dataclasses.replace(annotation, area=float(area))
+    if abs(area - num_pixels) > AREA_TOLERANCE * max(area, num_pixels):
+        policy = note("area_disagrees_with_mask", f"area is {area:g}, the mask has {num_pixels} pixels")
         if policy in ("error", "drop"):
             return None, problems
         if policy == "fix":

@@ -97,7 +97,7 @@ def write_shards(
         results = sorted(tasks, key=lambda result: result.first_row)
         unusable = [problem for result in results for problem in result.left_out]
         problems = left_out + unusable + [problem for result in results for problem in result.problems]
-        raise_errors("", sorted(problems, key=lambda problem: problem.reason))
+        _raise_first(sorted(problems, key=lambda problem: problem.reason), contents)
         if not unusable:
             break
         left_out += unusable
@@ -189,6 +189,14 @@ class _Result:
     left_out: list[Problem]
     problems: list[Problem]
     objects: npt.NDArray[np.float64]
+
+
+def _raise_first(problems: Sequence[Problem], contents: Contents) -> None:
+    """As `raise_errors`; of an annotation it is said in which file it stands and of which image it is."""
+    first = next((problem for problem in problems if problem.policy == "error"), None)
+    of_annotation = first is not None and first.level == "annotation"
+    place = f"{contents.sources[first.source].annotations}: {first.file_name}: " if first and of_annotation else ""
+    raise_errors(place, problems)
 
 
 def _run_tasks(

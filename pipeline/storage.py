@@ -170,11 +170,14 @@ def list_stamps(folder: str) -> dict[str, str]:
     filesystem, inner = open_filesystem(folder)
     selector = arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True)
     prefix = len(inner.rstrip("/")) + 1
-    return {
-        info.path[prefix:]: _stamp(info)
-        for info in filesystem.get_file_info(selector)
-        if info.type == arrow_fs.FileType.File
-    }
+    try:
+        found = filesystem.get_file_info(selector)
+        return {info.path[prefix:]: _stamp(info) for info in found if info.type == arrow_fs.FileType.File}
+    except NotADirectoryError as error:
+        raise UserError(f"{folder}: is a file, expected a folder") from error
+    except UnicodeDecodeError as error:
+        name = error.object.decode(errors="backslashreplace") if isinstance(error.object, bytes) else "a file"
+        raise UserError(f"{folder}: the name of {name} in it is not UTF-8; rename that file") from error
 
 
 def delete_folder(folder: str) -> None:

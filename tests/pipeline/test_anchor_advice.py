@@ -130,6 +130,16 @@ def test_suggestions_are_the_sizes_of_the_objects() -> None:
     assert best_doubling(objects, [4.0], 1)[0] == pytest.approx(10, rel=0.2)
 
 
+def test_no_suggestion_is_without_size() -> None:
+    """Cables, two pixels wide, and specks that shrink to a fraction of a pixel on the canvas."""
+    cables = Objects(np.tile([5.0, 5.0, 7.0, 605.0], (9, 1)), np.full((9, 2), 1024))
+    assert suggest(cables, 5, 3)[1] == [0.0033] * 3
+    specks = Objects(np.tile([5.0, 5.0, 5.04, 5.04], (9, 1)), np.full((9, 2), 64))
+    assert suggest(specks, 5, 3)[0] == [0.04] * 5
+    for objects in (cables, specks):
+        assert min(advise(objects, AnchorConfig())["candidates"][0]["scales"]) > 0
+
+
 def test_search_space_has_keys_of_the_configuration_and_values_that_it_takes() -> None:
     advice = advise(random_objects(200, seed=5), AnchorConfig())
     text = search_space(advice)

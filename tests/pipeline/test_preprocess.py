@@ -12,6 +12,7 @@ from pipeline.preprocess import (
     ImageProblem,
     choose_canvas,
     decode_image,
+    exif_orientation,
     image_to_rgb,
     minimise_mask,
     num_mask_bytes,
@@ -117,6 +118,18 @@ def test_undecodable_image_is_a_problem(content: bytes) -> None:
     with pytest.raises(ImageProblem, match=r"^cannot be decoded \([^\n]*\)$") as caught:
         decode_image(content)
     assert "0x" not in str(caught.value)  # the same text every time
+
+
+def test_an_error_of_any_kind_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged GIF files end in an IndexError, AVIF files in a RuntimeError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("index out of range")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageProblem, match=r"^cannot be decoded \(IndexError: index out of range\)$"):
+        decode_image(b"any")
+    assert exif_orientation(b"any") == 1
 
 
 def test_damaged_files_give_pixels_or_a_problem() -> None:

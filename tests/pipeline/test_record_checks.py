@@ -56,7 +56,11 @@ def kinds(checked: CheckedRecords) -> list[str]:
         (changed("images", id=2**63), "has no integer id"),  # the shards could not hold it
         ({**GOOD, "images": GOOD["images"] * 2}, "image id 4 stands there twice"),
         (changed("images", file_name=""), "image 4 has no file_name"),
-        (changed("images", file_name=3), "image 4 has no file_name"),
+        (changed("images", file_name=None), "image 4 has no file_name"),
+        (changed("images", file_name=3), "image 4 has file_name 3, which no file can have"),
+        (changed("images", file_name="a\0.png"), "image 4 has file_name 'a\\x00.png', which no file can have"),
+        (changed("images", file_name="\ud800.png"), "image 4 has file_name '\\ud800.png', which no file can have"),
+        (changed("images", file_name="C:/data/a.png"), "file_name 'C:/data/a.png' leaves the images folder"),
         (changed("images", file_name="../a.png"), "file_name '../a.png' leaves the images folder"),
         (changed("images", file_name="b/../../a.png"), "leaves the images folder"),
         (changed("images", file_name="/etc/a.png"), "file_name '/etc/a.png' leaves the images folder"),
@@ -78,6 +82,13 @@ def kinds(checked: CheckedRecords) -> list[str]:
         (changed("annotations", bbox=[1, 2, 3, 10**400]), "is not four finite numbers"),
         (changed("annotations", bbox=[1, 2, 3, "4"]), "is not four finite numbers"),
         (changed("annotations", area=float("nan")), "annotation 1: area nan is not a finite number"),
+        (changed("annotations", bbox=[0, 0, 1e300, 4]), "bbox [0, 0, 1e+300, 4] lies far outside of any image"),
+        (changed("annotations", iscrowd="0"), "annotation 1: iscrowd '0' is neither 0 nor 1"),
+        (changed("annotations", iscrowd=float("nan")), "annotation 1: iscrowd nan is neither 0 nor 1"),
+        (changed("annotations", iscrowd=2), "annotation 1: iscrowd 2 is neither 0 nor 1"),
+        (changed("annotations", segmentation=[[5, 5, 1e10, 5, 5, 9]]), "a polygon reaches far outside of any image"),
+        (changed("annotations", segmentation=[[5, 5, -1e10, 5, 5, 9]]), "a polygon reaches far outside of any image"),
+        (changed("annotations", segmentation=[[0, 0, 9e5, 9] * 9]), "a polygon reaches far outside of any image"),
         (changed("annotations", segmentation=None), "annotation 1: no segmentation"),
         (changed("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "a polygon is not a list of finite numbers"),
         (changed("annotations", segmentation=[[1, 2, 3, 4, 5, float("inf")]]), "not a list of finite numbers"),
@@ -165,7 +176,7 @@ def test_records_come_in_the_order_of_image_ids_with_their_annotations() -> None
     assert records[0].annotations == ()
     first, second = records[1].annotations
     assert (first.annotation_id, first.class_id, first.is_crowd, first.area) == (1, 2, True, 5.5)
-    assert (second.annotation_id, second.class_id, second.is_crowd, second.area) == (2, 1, False, 12.0)
+    assert (second.annotation_id, second.class_id, second.is_crowd, second.area) == (2, 1, False, None)
     assert second.bbox == (1.0, 2.0, 3.0, 4.0)
     assert second.segmentation == [[1, 2, 4, 2, 4, 6]]
 
@@ -215,6 +226,33 @@ def test_parts_without_area_are_left_out_of_an_outline() -> None:
         ("short_polygon", "fix", "annotation 1: 1 of 2 parts of the outline have no area")
     ]
     assert [entry.kind for entry in check(content, short_polygon="drop").quarantined] == ["short_polygon"]
+    all_short = changed("annotations", segmentation=[[1, 2, 3, 4]])
+    assert kinds(check(all_short, short_polygon="drop", empty_mask="error"))[0] == "short_polygon"
+
+
+def test_an_id_counts_as_taken_also_where_its_first_record_is_left_out() -> None:
+    content = images("gone.png", "a.png")
+    content["images"][1]["id"] = 10
+    content["annotations"] = [{**GOOD["annotations"][0], "image_id": 10}]
+    checked = check(content, ["a.png"], missing_file="drop", duplicate_image_id="drop")
+    assert kinds(checked) == ["missing_file", "duplicate_image_id"]
+    assert checked.records == []
+    box = {**GOOD["annotations"][0], "bbox": [1, 2, 0, 4]}
+    twice = {**GOOD, "annotations": [box, GOOD["annotations"][0]]}
+    assert kinds(check(twice))[:2] == ["box_without_size", "duplicate_annotation_id"]
+
+
+def test_names_are_written_in_several_ways() -> None:
+    checked = check(images("./a.png", "b//c.png"), ["a.png", "b/c.png"])
+    assert [(r.file_name, r.path) for r in checked.records] == [
+        ("./a.png", "/data/images/a.png"), ("b//c.png", "/data/images/b/c.png"),
+    ]  # fmt: skip
+    assert kinds(checked) == ["image_without_annotations"]
+
+
+def test_a_file_of_another_folder_is_another_file() -> None:
+    assert kinds(check(images("dogs/1.png"), ["cats/1.png"]))[0] == "missing_file"
+    assert kinds(check(images("dogs/1.png"), ["train/dogs/1.png"]))[0] == "file_in_subfolder"
 
 
 def test_file_names_that_leave_the_folder() -> None:
@@ -226,7 +264,7 @@ def test_file_names_that_leave_the_folder() -> None:
         "..\\a.png",
         "s3://other/a.png",
         "file:///etc/passwd",
-        "a\0b",
+        "C:/a.png",
     ):
         assert leaves_folder(name), name
     for name in ("a.png", "sub/a.png", "a..png", "..a/b.png", "sub/.hidden"):

@@ -162,6 +162,27 @@ def test_policies_on_boxes_and_areas() -> None:
     assert (mended.bbox, kinds) == ((10, 20, 30, 10), [])  # the check of the records has told it already
 
 
+def test_an_area_that_is_not_given_is_that_of_the_mask() -> None:
+    annotation = dataclasses.replace(ANNOTATION, bbox=(10, 20, 30, 10), area=None)
+    found, problems = check_mask(annotation, (10, 20, 40, 30), 150, RECORD, row_settings())
+    assert found is not None
+    assert (found.area, problems) == (150, [])
+
+
+def test_an_image_that_loses_its_last_annotation_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(noise(48, 64)))
+    record = record_of(tmp_path / "a.png", [np.ones((48, 64), dtype=bool)], 48, 64)
+    nothing = dataclasses.replace(record.annotations[0], segmentation={"size": [48, 64], "counts": [48 * 64]})
+    record = dataclasses.replace(record, annotations=(nothing,))
+    values, problems = encode_row(0, record, row_settings())
+    assert values["annotation_ids"] == []
+    assert [(problem.kind, problem.policy) for problem in problems] == [
+        ("empty_mask", "drop"), ("image_without_annotations", "keep"),
+    ]  # fmt: skip
+    with pytest.raises(ImageLeftOut, match=r"image 1 .* has no annotation that can be used"):
+        encode_row(0, record, row_settings(policies={"image_without_annotations": "drop"}))
+
+
 def test_jpeg_is_smaller_and_close(tmp_path: Path) -> None:
     y, x = np.mgrid[:64, :96]
     smooth = np.stack([2 * x, 3 * y, x + y], axis=2).astype(np.uint8)
