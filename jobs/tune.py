@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     options = parse(__doc__ or "", arguments, config_type=SweepConfig)
     config: SweepConfig = options.experiment
     space = parse_space(config.sweep.space, config.base())  # before anything is imported or started: in a second
-    check_search(space, config.sweep)
+    check_search(space, config.sweep, config.base())
 
     from pipeline import launch, sweep, sweep_state, threshold_job
 

@@ -31,23 +31,34 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
             return checkpoint
     if reference.startswith("models:/m-"):
         from pipeline.mlflow_models import download_model
-        from pipeline.mlflow_runs import default_uri
 
-        return download_model(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
+        return download_model(reference, _store(reference, storage_path, mlflow_uri))
     if re.fullmatch(r"[0-9a-f]{32}", reference):
         from pipeline.mlflow_models import download_checkpoint
-        from pipeline.mlflow_runs import default_uri
 
-        return download_checkpoint(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
+        return download_checkpoint(reference, _store(reference, storage_path, mlflow_uri))
     if reference.startswith("models:"):
-        from pipeline.mlflow_runs import default_uri
         from pipeline.registry import download_registered
 
-        return download_registered(reference, mlflow_uri or default_uri(storage.absolute(storage_path)))
+        return download_registered(reference, _store(reference, storage_path, mlflow_uri))
     raise UserError(
         f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
         "nor the id of an MLflow run, nor models:/NAME@ALIAS"
     )
+
+
+def _store(reference: str, storage_path: str, mlflow_uri: str | None) -> str:
+    """Where to ask for what MLflow holds; a store that is not there is not made by asking."""
+    from pipeline.mlflow_runs import default_uri
+
+    if mlflow_uri is not None:
+        return mlflow_uri
+    uri = default_uri(storage.absolute(storage_path))
+    if not os.path.exists(uri.removeprefix("sqlite:///")):
+        raise UserError(
+            f"{reference}: no MLflow store in {storage_path} to look in; set run.storage_path or run.mlflow_uri"
+        )
+    return uri
 
 
 def best_checkpoint_of_run(run_folder: str) -> str | None:

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ def _explain_failure(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         return _explain_failure(cause)
     if isinstance(error, UserError):
-        return str(error)
+        return _one_line(str(error))
     text = _one_line(str(error).strip().splitlines()[-1]) if str(error).strip() else "no message"
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
@@ -117,8 +118,11 @@ def parse(
     """
     from jsonargparse import ArgumentError
 
-    for_help = any(argument in ("-h", "--help") for argument in arguments)
+    for_help = any(argument in ("-h", "--help") or argument.split("=")[0].endswith(".help") for argument in arguments)
     parser = _make_parser(description, extra or {}, optional or {}, flags or {}, config_type, for_help)
+    for option, file in itertools.pairwise(arguments):
+        if option == "--config":
+            _refuse_repeated_keys(file)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
         namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
@@ -126,6 +130,8 @@ def parse(
         files = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
         where = f"{', '.join(files)}: " if files and not _names_key(str(error)) else ""
         raise ConfigurationError(where + _without_secrets(explain(str(error), config_type))) from error
+    except ValueError as error:  # of YAML's numbers
+        raise ConfigurationError(_one_line(str(error))) from error
     values = namespace.as_dict()
     parts = {name: values[name] for name in config_type.model_fields}
     try:
@@ -140,6 +146,31 @@ def parse(
         if isinstance(value, str) and has_secret(value):
             raise ConfigurationError(f"--{name} has a password or key in its address; {SECRET_ADVICE}")
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
+
+
+def _refuse_repeated_keys(file: str) -> None:
+    """YAML's reader would take the last of two, and say nothing."""
+    try:
+        waiting = [yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # the parser says it in its own words
+    seen: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:  # an alias may name what it is in
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ConfigurationError(f"{file}: line {line}: {key.value} stands there twice; leave one")
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    keys.add(key.value)
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def _make_parser(
@@ -274,6 +305,9 @@ def unknown_key(key: str, config_type: type[BaseModel] = ExperimentConfig) -> st
     """That there is no such key, and which one may be meant."""
     keys = list(known_keys(config_type))
     name = key.split(".")[-1]
+    inner = [known for known in keys if known.startswith(f"{key}.")]
+    if inner:
+        return f"{key}: is a section; name one of its keys, such as {inner[0]}"
     if name in NO_KEY:
         return f"{key}: no such key; {NO_KEY[name]}"
     closest = [known for known in keys if known.split(".")[-1] == OTHER_NAMES.get(name, name)][:1]  # perhaps elsewhere
@@ -294,7 +328,13 @@ def _range_of(key: str, config_type: type[BaseModel]) -> str:
         candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
     limits = []
-    for constraint in getattr(field, "metadata", []):
+    parts = getattr(getattr(field, "annotation", None), "__args__", ())  # of `Annotated[float, ...] | None`
+    declared = [
+        *getattr(field, "metadata", ()),
+        *(entry for part in parts for entry in getattr(part, "__metadata__", ())),
+    ]
+    constraints = [inner for entry in declared for inner in (entry, *getattr(entry, "metadata", ()))]
+    for constraint in constraints:
         for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "a multiple of")):
             if getattr(constraint, attribute, None) is not None:
                 limits.append(f"{sign} {getattr(constraint, attribute):g}")

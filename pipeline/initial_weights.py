@@ -98,6 +98,25 @@ def build_model_from(config: ExperimentConfig, source: str, class_names: Sequenc
     return model, report
 
 
+def check_source(config: ExperimentConfig, source: str) -> None:
+    """Refuse a source that is not there or cannot be read; whether it fits a model shows with the model.
+
+    Args:
+        config: model, and run, where runs are looked for.
+        source: as `model.weights`.
+
+    Raises:
+        UserError: the source cannot be used.
+    """
+    try:
+        if is_import(source):
+            read_weights(source, config.model)
+        elif source != NONE:
+            find_checkpoint(source, config)
+    except WeightsError as error:
+        raise UserError(str(error)) from error
+
+
 def load_initial_weights(path: str, model: MaskRCNN) -> None:
     """Put the weights that a run begins with into the model.
 

@@ -5,6 +5,7 @@ The next point is a function of the seed, its number and the trials before it: n
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def next_point(
     known = {point_key(entry.point) for entry in tried}
     if settings.search == "grid":
         whole = [point for point in start_points if len(point) == len(space.knobs)]  # nothing is drawn here
-        ordered = [*whole, *space.points()]
+        ordered = itertools.chain(whole, space.listed_points())
         return next((dict(point) for point in ordered if point_key(point) not in known), None)
     for given in _given(space, start_points, number):
         for draw in range(DRAWS):

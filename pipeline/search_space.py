@@ -99,13 +99,15 @@ class Space:
         for values in itertools.product(*(knob.all_values() or () for knob in self.knobs)):
             yield dict(zip(names, values, strict=True))
 
-    def points(self, kinds: Sequence[str] = LISTED) -> list[Point]:
+    def listed_points(self, kinds: Sequence[str] = LISTED) -> Iterator[Point]:
         """All combinations of the values of the listed knobs of these kinds, the last knob changing fastest."""
         listed = [knob for knob in self.knobs if knob.kind in kinds]
-        return [
-            dict(zip((knob.name for knob in listed), values, strict=True))
-            for values in itertools.product(*(knob.values for knob in listed))
-        ]
+        for values in itertools.product(*(knob.values for knob in listed)):
+            yield dict(zip((knob.name for knob in listed), values, strict=True))
+
+    def points(self, kinds: Sequence[str] = LISTED) -> list[Point]:
+        """`listed_points` as a list."""
+        return list(self.listed_points(kinds))
 
     def only(self, names: Sequence[str]) -> Space:
         """Its knobs of these names."""
@@ -119,10 +121,12 @@ class Space:
 
 
 def label(value: Any) -> str:
-    """A value in one short line; equal for equal ones, also 32 and 32.0 in lists."""
+    """A value in one short line; equal for equal ones, also for 32 and 32.0."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(label(item) for item in value)}]"
     if isinstance(value, float):
+        if value.is_integer() and abs(value) < 1e15:
+            return str(int(value))
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -21,6 +21,7 @@ from pipeline import cluster, prepare, run_state, storage
 from pipeline.cluster import Placement
 from pipeline.doctor import check_at_start
 from pipeline.errors import UserError
+from pipeline.initial_weights import check_source
 from pipeline.launch import TrialOfSweep, ending_on_sigterm
 from pipeline.mlflow_place import tracking_uri
 from pipeline.preflight import REPORT
@@ -59,6 +60,8 @@ def run(config: SweepConfig, space: Space, debug: bool, say: Say) -> dict[str, A
     base, folder = config.base(), run_state.run_folder(config)
     of_shards = shard_knobs(space)
     checked = [(point, prepare.check(apply_point(base, point), say)) for point in of_shards.points()]
+    for source in space["model.weights"].values if "model.weights" in space else (base.model.weights,):
+        check_source(base, source)  # else every trial would say it
     cluster.connect(debug, concurrent_trials=concurrent_trials(config), dashboard=True)
     data = {point_key(point): prepare.write(apply_point(base, point), entry, say) for point, entry in checked}
     candidates = read_advice(checked[0][1].folder)

@@ -8,7 +8,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.command_line import OTHER_NAMES, ConfigurationError, explain_validation, known_keys, parse, run_job
+from pipeline.command_line import (
+    OTHER_NAMES,
+    ConfigurationError,
+    explain_validation,
+    known_keys,
+    parse,
+    run_job,
+    unknown_key,
+)
 from pipeline.config import CocoSource, ExperimentConfig, SyntheticSettings
 from pipeline.errors import UserError
 
@@ -303,6 +311,28 @@ def test_a_mistake_found_in_a_task_reads_as_one_found_here(
 
     assert exit_code(monkeypatch, main) == 1
     assert capsys.readouterr().err == "error: shard.arrow: missing\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n", 4, "epochs"),
+        ("train: {epochs: 3}\nmodel: {}\ntrain: {seed: 1}\n", 3, "train"),
+        ("data:\n  sources:\n  - {annotations: a.json, images: b, images: c}\n", 3, "images"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, line: int, key: str) -> None:
+    file = yaml_file(tmp_path, text)
+    assert error_of(["--config", file]) == f"{file}: line {line}: {key} stands there twice; leave one"
+
+
+def test_an_optional_number_tells_its_range() -> None:
+    assert error_of(["--train.max_steps", "0"]).startswith("train.max_steps: ")
+    assert "(allowed: >= 1)" in error_of(["--train.max_steps", "0"])
+
+
+def test_a_section_in_the_place_of_a_key_is_named_as_such() -> None:
+    assert unknown_key("model.rpn") == "model.rpn: is a section; name one of its keys, such as model.rpn.channels"
 
 
 def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_there_are_configurations() -> None:
 def test_configuration_in_the_tree_is_valid_and_says_what_it_is(path: Path) -> None:
     parsed = parse("A job.", ["--config", str(path)], config_type=SweepConfig).experiment  # jobs/tune.py takes them all
     if parsed.sweep.space:
-        check_search(parse_space(parsed.sweep.space, parsed.base()), parsed.sweep)
+        check_search(parse_space(parsed.sweep.space, parsed.base()), parsed.sweep, parsed.base())
     head = path.read_text().splitlines()[:10]
     assert head[0].startswith("# What:")
     assert any(line.startswith("# Command:") for line in head)

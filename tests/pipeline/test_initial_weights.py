@@ -16,7 +16,13 @@ from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 from pipeline.inference import find_weights, load_weights
-from pipeline.initial_weights import INITIAL_WEIGHTS_FILE, InitialWeights, initial_weights, load_initial_weights
+from pipeline.initial_weights import (
+    INITIAL_WEIGHTS_FILE,
+    InitialWeights,
+    check_source,
+    initial_weights,
+    load_initial_weights,
+)
 from pipeline.run_state import RunState, run_folder, write_run
 from pipeline.search_space import apply_point
 from tests.pipeline.factories import thin_model
@@ -172,6 +178,10 @@ def test_a_checkpoint_of_ours_with_other_classes(tmp_path: Path, as_name: bool) 
         ("model.h5", "model.h5: no checkpoint of ours; say whose file it is: matterport:model.h5"),
         ("a/model.pth", "a/model.pth: no checkpoint of ours; say whose file it is: torchvision:a/model.pth"),
         ("matterport:model.h5", "matterport:model.h5: no such file"),
+        ("0" * 32, f"{'0' * 32}: no MLflow store in "),
+        ("models:/cells@champion", "models:/cells@champion: no MLflow store in "),
+        ("torchvision:", "torchvision:FILE or torchvision:NAME: which one is missing"),
+        ("torchvision:" + "x" * 300, "torchvision:xxx"),
         ("torchvision:COCO_V8", "torchvision:COCO_V8: no such file, nor the name of weights"),
     ],
 )
@@ -181,6 +191,37 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, weights: str, found: st
     assert str(caught.value).startswith(found)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_source_is_looked_at_before_a_sweep(tmp_path: Path, resnet: str) -> None:
+    config = config_with(tmp_path, "none")
+    checkpoint(tmp_path / "runs" / "earlier" / "checkpoint-1", NAMES)
+    for source in ("none", resnet, "earlier"):
+        check_source(config, source)
+    for source in ("nowhere", "matterport:model.h5"):
+        with pytest.raises(UserError, match=rf"^{source}: "):
+            check_source(config, source)
+
+
+def test_a_checkpoint_of_ours_with_a_changed_byte(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoint", NAMES)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    config = config_with(tmp_path, str(tmp_path / "checkpoint"))
+    with pytest.raises(UserError, match=rf"^{path}: damaged"):
+        initial_weights(config, NAMES, lambda line: None)
+    with pytest.raises(UserError, match=rf"^{path}: damaged"):
+        load_weights(config, str(tmp_path / "checkpoint"), NAMES, lambda line: None)
+
+
+def test_a_checkpoint_of_a_model_that_computes_otherwise_is_noted(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoint", NAMES)
+    config = apply_point(config_with(tmp_path, str(tmp_path / "checkpoint")), {"model.padding": "black"})
+    said: list[str] = []
+    initial_weights(config, NAMES, said.append)
+    assert any("model.padding black (there mean)" in line for line in said)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights", "others"])

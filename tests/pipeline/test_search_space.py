@@ -79,7 +79,20 @@ def test_points_are_all_combinations_the_last_knob_fastest() -> None:
     [
         ({}, ["sweep.space: is empty"]),
         ({"model.rpn.nms_treshold": {"choice": [0.5]}}, ["model.rpn.nms_treshold: no such key", "nms_threshold?"]),
-        ({"model.rpn": {"choice": [1]}}, ["model.rpn: no such key"]),
+        ({"model.rpn": {"choice": [1]}}, ["model.rpn: is a section; name one of its keys, such as model.rpn."]),
+        ({"model": {"rpn": {"nms_threshold": {"choice": [0.5]}}}}, ["model: is a section; name one of its keys"]),
+        (
+            {
+                "model.rpn.nms_threshold": {"choice": [n / 999 for n in range(1, 150)] + ["high"] + [0.9]},
+                "optim.learning_rate": {"uniform": [0.001, 0.1]},
+            },
+            ["model.rpn.nms_threshold", "high", "valid number"],
+        ),
+        ({"model.rpn.pre_nms_top_k": {"integer": [1, 10**400]}}, ["model.rpn.pre_nms_top_k: a whole number is larger"]),
+        ({"model.rpn.pre_nms_top_k": {"choice": [10**30, 5]}}, ["model.rpn.pre_nms_top_k: a whole number is larger"]),
+        ({"optim.learning_rate": {"uniform": [1, 10**400]}}, ["optim.learning_rate: a whole number is larger"]),
+        ({"optim.name": {"choice": [b"sgd"]}}, ["optim.name: a bytes is no value"]),
+        ({"data.validation_fraction": {"choice": [0.1, 0.2]}}, ["data.validation_fraction", "the same for all trials"]),
         ({"model.rpn.nms_threshold": {"uniform": [0.5, 1.7]}}, ["model.rpn.nms_threshold", "1.7", "<= 1"]),
         ({"model.rpn.nms_threshold": {"uniform": [0.9, 0.5]}}, ["model.rpn.nms_threshold", "low and high"]),
         ({"model.rpn.nms_threshold": {"uniform": [0.5]}}, ["model.rpn.nms_threshold", "low and high"]),
@@ -100,6 +113,9 @@ def test_points_are_all_combinations_the_last_knob_fastest() -> None:
         ({"model.anchors.scales": {"choice": [[4, 8, 16, 32]]}}, ["model.anchors.scales", "lists of 5 numbers"]),
         ({"model.anchors.scales": {"choice": [4, 8]}}, ["model.anchors.scales", "lists of 5 numbers"]),
         ({"model.anchors.scales": {"choice": [[0, 8, 16, 32, 64]]}}, ["model.anchors.scales", "greater than 0"]),
+        ({"model.anchors.scales": {"choice": [[128, 64, 32, 16, 8]]}}, ["model.anchors.scales", "have to rise"]),
+        ({"model.anchors.scales": {"choice": [[8, 16, 32, 64, 1e30]]}}, ["model.anchors.scales", "impossible anchors"]),
+        ({"model.anchors.scales": {"choice": [[1e-320] * 4 + [16]]}}, ["model.anchors.scales", "impossible anchors"]),
         ({"model.anchors.ratios": {"choice": [[]]}}, ["model.anchors.ratios", "at least 1"]),
         (
             {"model.anchors.scales": {"choice": [SMALL, [100, 200, 400, 800, 1600]]}},
@@ -224,6 +240,8 @@ def test_the_advisor_writes_a_search_space() -> None:
         (True, "true"),
         (None, "null"),
         (7, "7"),
+        (1e6, "1000000"),
+        (1e300, "1e+300"),
     ],
 )
 def test_labels(value: Any, expected: str) -> None:
@@ -257,17 +275,64 @@ def test_searches_that_cannot_be_made(settings: dict[str, Any], part: str) -> No
         },
         BASE,
     )
-    check_search(space, SweepSettings())
+    check_search(space, SweepSettings(), BASE)
     with pytest.raises(ConfigurationError) as refused:
-        check_search(space, SweepSettings.model_validate(settings))
+        check_search(space, SweepSettings.model_validate(settings), BASE)
     assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("scales", [5, "abc", None, [1, 2], [-8, 16, 32, 64, 128], [1e5] * 5, [64, 32, 16, 8, 4]])
+def test_start_points_on_advised_anchors_are_looked_at_before_the_advice(scales: Any) -> None:
+    space = parse_space({"model.anchors.scales": {"choice": "advised"}}, BASE)
+    check_search(space, SweepSettings(start_points=({"model.anchors.scales": SMALL},)), BASE)
+    with pytest.raises(ConfigurationError, match=r"^sweep\.start_points\.0: model\.anchors\.scales: "):
+        check_search(space, SweepSettings(start_points=({"model.anchors.scales": scales},)), BASE)
+
+
+def test_start_points_have_to_go_together() -> None:
+    given = {"model.rpn.positive_iou": {"uniform": [0.3, 0.9]}, "model.rpn.negative_iou": {"uniform": [0.1, 0.3]}}
+    space = parse_space({**given, "model.anchors.scales": {"choice": "advised"}}, BASE)
+    assert len(space.knobs) == 3
+    point = {"model.rpn.positive_iou": 0.35, "model.rpn.negative_iou": 0.2, "model.anchors.scales": SMALL}
+    check_search(space, SweepSettings(start_points=(point,)), BASE)
+    with pytest.raises(ConfigurationError, match=r"^sweep\.start_points\.0: .*impossible anchors"):
+        check_search(space, SweepSettings(start_points=({**point, "model.anchors.scales": [600] * 5},)), BASE)
+
+
+@pytest.mark.parametrize("values", [[True, False], [False]])
+def test_a_recall_that_is_not_logged_is_no_objective(values: list[bool]) -> None:
+    space = parse_space({"train.rpn_recall": {"choice": values}}, BASE)
+    check_search(space, SweepSettings(), BASE)
+    with pytest.raises(ConfigurationError, match=r"sweep\.space\.train\.rpn_recall: sweep\.objective rpn_AR_100"):
+        check_search(space, SweepSettings(early_objective="rpn_AR_100"), BASE)
+
+
+def test_whole_numbers_between_the_ends_are_combined_too() -> None:
+    """3 and 6 images on each of 4 workers can be divided among 3, but not 4 or 5."""
+    base = ExperimentConfig.model_validate(
+        {"scaling": {"num_workers": 4, "min_workers": 3}, "train": {"batch_size_per_worker": 3}}
+    )
+    with pytest.raises(ConfigurationError, match=r"train\.batch_size_per_worker"):
+        parse_space({"train.batch_size_per_worker": {"integer": [3, 6]}}, base)
+
+
+def test_bad_configured_anchors_may_be_replaced_by_advised_ones() -> None:
+    """Of the candidates those are left out that could not match on this canvas."""
+    base = apply_point(BASE, {"model.anchors.scales": [600, 700, 800, 900, 1000]})
+    space = parse_space({"model.anchors.scales": {"choice": "advised"}}, base)
+    with pytest.raises(ConfigurationError, match=r"^model\.anchors\.scales: impossible anchors"):
+        parse_space({"model.rpn.nms_threshold": {"uniform": [0.5, 0.9]}}, base)
+    configured = {"scales": [600, 700, 800, 900, 1000], "ratios": [0.5, 1.0, 2.0]}
+    assert with_advice(space, [configured, ADVICE[1]], base)["model.anchors.scales"].values == (SMALL,)
+    with pytest.raises(ConfigurationError, match="none of the advised anchors could match"):
+        with_advice(space, [configured], base)
 
 
 def test_a_grid_search_draws_nothing() -> None:
     space = parse_space({"train.seed": {"choice": [1, 2]}, "model.detections.max_per_image": {"grid": [5, 6]}}, BASE)
-    check_search(space, SweepSettings(search="grid"))
+    check_search(space, SweepSettings(search="grid"), BASE)
     with pytest.raises(ConfigurationError, match=r"start_points\.0: a grid search draws nothing"):
-        check_search(space, SweepSettings(search="grid", start_points=({"train.seed": 1},)))
+        check_search(space, SweepSettings(search="grid", start_points=({"train.seed": 1},)), BASE)
 
 
 @pytest.mark.parametrize(
