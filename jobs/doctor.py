@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from pipeline.command_line import FAILURE_EXIT_CODE, ConfigurationError, parse, run_job, say, say_summary
+from pipeline.config import has_secret
 from pipeline.sweep_config import SweepConfig
 
 
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> None:
 
     started = time.monotonic()
     address = os.environ.get("RAY_ADDRESS")
+    if address is not None and (has_secret(address) or "@" in address):
+        raise ConfigurationError("RAY_ADDRESS has a password in it; the token goes into RAY_AUTH_TOKEN or its file")
     counts = {True: 0, False: 0}
 
     def tell(finding: Finding) -> None:
@@ -71,6 +74,10 @@ def main(arguments: list[str]) -> None:
                 cluster.connect(options.debug, reads_data=False)
             except ConnectionError as error:
                 tell(doctor.refused_finding(address, error))
+            except RuntimeError as error:
+                if not str(error).startswith("Version mismatch"):
+                    raise
+                tell(doctor.version_finding(address, error))
         if not counts[False]:
             for finding in doctor.inside_findings(config.base(), int(trials)):
                 tell(finding)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 
 from pipeline.cluster import HEALTH_CHECKS, LOOPBACK_ONLY, local_cpus
 from pipeline.command_line import parse, run_job
+from pipeline.rayjob_file import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 120.0
@@ -30,11 +31,14 @@ START_SECONDS = 120.0
 def main(arguments: list[str]) -> None:
     """Start a head node, submit, follow, end the node, with the job's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/demo.yaml", help="configuration, relative to the repository")
+    parser.add_argument(
+        "--config", action="append", help="file, relative to the repository (configs/demo.yaml); may be repeated"
+    )
     parser.add_argument("--storage_path", default="runs", help="where runs are kept")
     options, further = parser.parse_known_args(arguments)
     storage_path = Path(options.storage_path).resolve()
-    data_root = _data_root(options.config, storage_path, further)  # a wrong configuration shows before Ray starts
+    configs = [word for config in options.config or ["configs/demo.yaml"] for word in ("--config", config)]
+    data_root = _data_root(configs, storage_path, further)  # a wrong configuration shows before Ray starts
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the head node is ended then, too
 
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: unix sockets below it may have 107 bytes
@@ -54,7 +58,7 @@ def main(arguments: list[str]) -> None:
         _wait_for_head(head, ports[1])
         command = [
             *_ray("job", "submit", "--working-dir", str(ROOT), "--"),
-            *("python", "jobs/train.py", "--config", options.config),
+            *("python", "jobs/train.py", *configs),
             *further,
             *("--run.storage_path", str(storage_path), "--data.root", str(data_root)),
         ]
@@ -65,9 +69,10 @@ def main(arguments: list[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _data_root(config: str, storage_path: Path, further: list[str]) -> str:
+def _data_root(configs: list[str], storage_path: Path, further: list[str]) -> str:
     """Where the job finds or makes its data: the job's own folder is thrown away, so an absolute path outside of it."""
-    root = str(parse("", ["--config", str(ROOT / config), *further]).experiment.data.root)
+    there = [word if word == "--config" else str(ROOT / word) for word in configs]
+    root = str(parse("", [*there, *further], **OPTIONS["train"]).experiment.data.root)
     if "://" in root or Path(root).is_absolute():
         return root
     inside_runs = Path(root).parts[:1] == ("runs",)

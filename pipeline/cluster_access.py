@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from urllib.parse import urlsplit
 from pipeline.findings import Finding, fix, well
 
 TIMEOUT_SECONDS = 5.0
+NO_ANSWER = (OSError, ValueError, KeyError, TypeError, http.client.HTTPException)
+"""What comes of asking something that is not what it should be, such as another server's port."""
 MAX_SENT_MEGABYTES = 50.0
 LOOPBACK = ("localhost", "127.", "[::1]")
 
@@ -26,7 +29,7 @@ def job_server_findings(address: str) -> Iterator[Finding]:
     """Whether a job could be submitted to `http://HOST:8265`; ends with the first thing that is not well."""
     try:
         mode = _authentication_mode(address)
-    except (OSError, ValueError, KeyError) as error:
+    except NO_ANSWER as error:
         yield fix(
             "job server",
             f"{address} does not answer ({_reason(error)}); RAY_ADDRESS has to be the dashboard's address, through "
@@ -46,13 +49,16 @@ def job_server_findings(address: str) -> Iterator[Finding]:
     try:
         version = _ask(address, "/api/version", token if mode == "token" else None)["ray_version"]
     except urllib.error.HTTPError as error:
+        if error.code not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            yield fix("job server", f"{address} answers with HTTP {error.code}; is it the dashboard of a Ray cluster?")
+            return
         what = "was refused" if token else "is missing"
         yield fix(
             "authentication",
             f"the token {what} (HTTP {error.code}); put the cluster's into {TOKEN_PLACES}, and set RAY_AUTH_MODE=token",
         )
         return
-    except (OSError, ValueError, KeyError) as error:
+    except NO_ANSWER as error:
         yield fix("job server", f"{address} does not tell its version ({_reason(error)}); look at the head's logs")
         return
     if mode == "token":
@@ -102,7 +108,8 @@ def _ask(address: str, path: str, token: str | None) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or error or type(error).__name__)
+    text = str(getattr(error, "reason", None) or error)
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def port_finding(address: str) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ipaddress
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any
 import yaml
 
 from pipeline.cluster_clouds import cloud_problems
+from pipeline.command_line import refuse_repeated_keys
+from pipeline.config import has_secret
 from pipeline.errors import UserError
+from pipeline.form_checks import TEXT, WHOLE, form_problems, list_of, mapping
 
 PLACEHOLDER = "REPLACE_ME"
 TOKEN_FILE = "~/.ray/auth_token"
@@ -24,8 +28,45 @@ CLOUDS = ("aws", "gcp")
 WIDEST_NETWORK = 8  # bits: no network of a company is wider
 LEAST_SHARED_MEMORY = 10**9
 DEFAULT_PORT = "6379"
+NODE_KINDS = ("head", "worker")
+RIGHTS = {
+    r"--privileged\b": "--privileged gives a job the whole machine",
+    r"--cap-add\b": "--cap-add gives a job rights that it does not need",
+    r"(--user|-u)[= ](root|0)\b": "--user makes a job root",
+    r"--(pid|ipc|userns)[= ]host\b": "a namespace of the machine itself is given to a job",
+    r"docker\.sock\b": "docker.sock gives a job the whole machine",
+    r"(--publish|(?<!\S)-p)[= ]": "--publish opens a port beside those of the private network",
+}
+"""Options of `docker run` that no job needs."""
 UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
+_DOCKER = mapping({"image": TEXT, "container_name": TEXT, **{
+    name: list_of(TEXT) for name in ("run_options", "head_run_options", "worker_run_options")
+}})  # fmt: skip
+FORM = mapping(
+    {
+        "provider": mapping({"type": TEXT}, ["type"]),
+        "docker": {**_DOCKER, "required": ["image", "container_name"]},
+        "available_node_types": {
+            "type": "object",
+            "additionalProperties": mapping(
+                {"node_config": {"type": "object"}, "resources": {"type": "object"}, "docker": _DOCKER}, ["node_config"]
+            ),
+        },
+        "file_mounts": {"type": "object"},
+        "max_workers": WHOLE,
+        **{
+            f"{start}{kind}": list_of(TEXT)
+            for start, kind in [
+                *itertools.product(("", "head_", "worker_"), ("setup_commands",)),
+                *itertools.product(("head_", "worker_"), ("start_ray_commands",)),
+                ("", "initialization_commands"),
+            ]
+        },
+    },
+    ["provider", "docker"],
+)
+"""What the rules here rely on, beside Ray's own schema."""
 GPU_MACHINES = re.compile(r"(g|p)\d")  # of EC2
 
 
@@ -43,6 +84,7 @@ def read_cluster_file(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: has to be a mapping of keys")
+    refuse_repeated_keys(path)
     return content
 
 
@@ -53,8 +95,11 @@ def cluster_file_problems(path: str) -> list[str]:
         UserError: the file cannot be read.
     """
     content = read_cluster_file(path)
+    form = list(form_problems("", content, FORM))  # what comes next relies on it
+    if form:
+        return form
     schema = _schema_problem(content)
-    if schema is not None:  # what comes next relies on the file's form
+    if schema is not None:
         return [schema]
     return [
         *placeholders(content),
@@ -79,7 +124,15 @@ def _schema_problem(content: dict[str, Any]) -> str | None:
     except jsonschema.ValidationError as error:
         where = ".".join(str(part) for part in error.absolute_path)
         return f"{where + ': ' if where else ''}{error.message.splitlines()[0]}"
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, click.ClickException) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+        click.ClickException,
+    ) as error:
         return " ".join(f"Ray refuses the file: {error}".split())
     return None
 
@@ -113,34 +166,53 @@ def _image_problems(content: dict[str, Any]) -> Iterator[str]:
         if key.endswith(("head_image", "worker_image")) and value != image:
             yield f"{key}: {value} is another image than docker.image; versions of nodes must not differ"
     tag = image.rpartition("/")[2].partition(":")[2]
-    if "@sha256:" not in image and tag in ("", "latest"):
-        yield f"docker.image: {image} may be another one tomorrow; give it a tag of its own"
-    sizes = [found for option in _run_options(content) for found in re.findall(r"--shm-size\S*(?:\s\S+)?", option)]
-    if not sizes:
+    if not re.search(r"@sha256:[0-9a-f]{64}$", image) and not re.search(r"\d", tag.partition("@")[0]):
+        yield f"docker.image: {image} may be another one tomorrow; give it a tag with a version"
+    of_kinds = {
+        kind: [
+            found
+            for option in _run_options(content, (kind,))
+            for found in re.findall(r"--shm-size\S*(?:\s\S+)?", option)
+        ]
+        for kind in NODE_KINDS
+    }
+    if not all(of_kinds.values()):
         yield "docker.run_options: add --shm-size, or Docker gives the object store 64 MB"
-    for size in sizes:
+    for size in dict.fromkeys(size for sizes in of_kinds.values() for size in sizes):
         number = re.fullmatch(r"--shm-size[= ](\d+)([bkmg]?)", size.lower())
         if number is None or int(number[1]) * UNITS[number[2]] < LEAST_SHARED_MEMORY:
             yield f"docker.run_options: {size}: Ray's object store needs a gigabyte or more, such as --shm-size=30g"
 
 
-def _run_options(content: dict[str, Any]) -> list[str]:
-    """Options of `docker run` on any node."""
+def _run_options(content: dict[str, Any], kinds: tuple[str, ...] = NODE_KINDS) -> list[str]:
+    """Options of `docker run` on nodes of these kinds, head or worker."""
     places = [content.get("docker", {})]
     places += [node.get("docker", {}) for node in content.get("available_node_types", {}).values()]
-    names = ("run_options", "head_run_options", "worker_run_options")
+    names = ("run_options", *(f"{kind}_run_options" for kind in kinds))
     return [option for place in places for name in names for option in place.get(name) or []]
 
 
 def _token_problems(content: dict[str, Any]) -> Iterator[str]:
     """Token authentication, switched on and with the token on every node."""
-    modes = re.findall(r"RAY_AUTH_MODE=(\S*)", " ".join(_run_options(content)))
-    if set(modes) != {"token"}:
-        yield "docker.run_options: add --env RAY_AUTH_MODE=token and no other, else whoever reaches a port can run code"
-    for name in re.findall(r"(\w*(?:SECRET|TOKEN|PASSWORD|_KEY)\w*)=", " ".join(_run_options(content))):
-        yield f"docker.run_options: {name} would lie in this file; give the nodes a role, or mount a file"
-    if "--privileged" in " ".join(_run_options(content)):
-        yield "docker.run_options: --privileged gives a job the whole machine; leave it out"
+    for kind in NODE_KINDS:
+        modes = re.findall(r"RAY_AUTH_MODE=(\S*)", " ".join(_run_options(content, (kind,))))
+        if set(modes) != {"token"}:
+            yield (
+                f"docker.run_options: add --env RAY_AUTH_MODE=token and no other, for {kind} nodes too, "
+                "else whoever reaches a port can run code"
+            )
+            break
+    for key, value in _values(content):
+        if key.endswith("_commands") and re.search(r"RAY_AUTH_MODE=(?![\"']?token\b)", value):
+            yield f"{key}: sets another RAY_AUTH_MODE than token, and whoever reaches a port can run code"
+        given = re.search(r"(?i)(\w*(?:secret|password|_key|auth_token)\w*)=", value)
+        named = re.search(r"(?i)(secret|password|access_key)", key.rpartition(".")[2])
+        if given or named or has_secret(value):
+            what = given[1] if given else "a secret"
+            yield f"{key}: {what} would lie in this file; give the nodes a role, or mount a file"
+    for pattern, what in RIGHTS.items():
+        if re.search(pattern, " ".join(_run_options(content))):
+            yield f"docker.run_options: {what}; leave it out"
     if TOKEN_FILE not in content.get("file_mounts", {}):
         yield f"file_mounts: add {TOKEN_FILE}: {TOKEN_FILE}, else no node knows the token"
 

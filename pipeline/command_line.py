@@ -122,7 +122,7 @@ def parse(
     parser = _make_parser(description, extra or {}, optional or {}, flags or {}, config_type, for_help)
     for option, file in itertools.pairwise(arguments):
         if option == "--config":
-            _refuse_repeated_keys(file)
+            refuse_repeated_keys(file)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
         namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
@@ -148,7 +148,7 @@ def parse(
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
 
 
-def _refuse_repeated_keys(file: str) -> None:
+def refuse_repeated_keys(file: str) -> None:
     """YAML's reader would take the last of two, and say nothing."""
     try:
         waiting = [yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]

@@ -23,7 +23,10 @@ CanvasSide = Annotated[int, Field(ge=32, multiple_of=32)]
 # `scheme://user:password@host`, `s3://key:secret@bucket`, `https://key@host`, `?secret_key=...`
 _SECRET = re.compile(
     r"://[^/?@\s]*:[^/?@\s]*@|https?://[^/?@\s]+@|(?:postgres|mysql|mssql|mongodb|redis)[\w+]*://[^?@\s]*:[^?\s]*@"
-    r"|[?&](?:[^=&]*(?:secret|passw|token|access_key|api_?key|signature|credential)[^=&]*|sig|key|auth)=",
+    r"|(?:s3a?|gs|gcs|az|abfss?|wasbs?)://[^/?@\s]*:[^?\s]*@"  # keys of AWS may have a slash
+    r"|://[^/?@\s]*:(?!\d+(?:/|$))[^?\s]*@"  # a password with one, but no port
+    r"|[?&#;](?:[^=&;]*(?:secret|passw|token|access_?key|api_?key|signature|credential)[^=&;]*"
+    r"|sig|key|auth|sas|pwd|pass)=",
     re.IGNORECASE,
 )
 SECRET_ADVICE = (

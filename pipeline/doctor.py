@@ -58,6 +58,12 @@ def refused_finding(address: str | None, error: ConnectionError) -> Finding:
     )
 
 
+def version_finding(address: str | None, error: RuntimeError) -> Finding:
+    """A cluster whose Ray or Python is another one than this process's, as Ray says it."""
+    said = " ".join(str(error).split())
+    return fix("versions", f"{address}: {said}; install the cluster's versions here, or run it in the cluster's image")
+
+
 def check_at_start(config: ExperimentConfig, say: Say, reads_data: bool = True) -> None:
     """The part of the checks that takes a second or two and that a job does for itself, on a cluster of several nodes.
 
@@ -155,6 +161,7 @@ def send_doctor(address: str, arguments: list[str], say: Say) -> bool:
                 f"look at `ray status` and `ray job logs {job}`"
             )
         time.sleep(POLL_SECONDS)
-    if not told:
-        say(fix("job", f"{job} ended as {status} without a check: {lines[-1] if lines else 'no output'}").line)
+    named = any(line.startswith(("FIX ", "error: ")) for line in checks)
+    if not told or (status != JobStatus.SUCCEEDED and not named):
+        say(fix("job", f"{job} ended as {status} before its last check: {lines[-1] if lines else 'no output'}").line)
     return bool(status == JobStatus.SUCCEEDED)

@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.cluster_file import LEAST_SHARED_MEMORY
 from pipeline.command_line import ConfigurationError, parse
+from pipeline.config import has_secret
+from pipeline.form_checks import TEXT, form_problems, list_of, mapping
 from pipeline.sweep_config import SweepConfig
 
 Content = dict[str, Any]
@@ -32,6 +34,60 @@ NEEDED = (
 )  # fmt: skip
 LONGEST = {"activeDeadlineSeconds": 30 * 86400, "preRunningDeadlineSeconds": 86400, "backoffLimit": 10,
            "ttlSecondsAfterFinished": 86400}  # fmt: skip
+_RESOURCES = mapping({"limits": {"type": "object"}, "requests": {"type": "object"}})
+_CONTAINER = mapping(
+    {
+        "name": TEXT, "image": TEXT, "resources": _RESOURCES, "securityContext": {"type": "object"},
+        "env": list_of(mapping({"name": TEXT}, ["name"])), "ports": list_of({"type": "object"}),
+        "volumeMounts": list_of(mapping({"name": TEXT, "mountPath": TEXT}, ["name", "mountPath"])),
+    },
+    ["name", "image"],
+)  # fmt: skip
+_POD = mapping(
+    {
+        "spec": mapping(
+            {
+                "containers": list_of(_CONTAINER, least=1), "initContainers": list_of(_CONTAINER),
+                "securityContext": {"type": "object"}, "tolerations": list_of({"type": "object"}),
+                "volumes": list_of(mapping({"name": TEXT, "emptyDir": {"type": "object"}}, ["name"])),
+            },
+            ["containers"],
+        )
+    },
+    ["spec"],
+)  # fmt: skip
+_GROUP = mapping(
+    {
+        "groupName": TEXT, "template": _POD, "rayStartParams": {"type": "object"},
+        **{name: {"type": "integer"} for name in ("replicas", "minReplicas", "maxReplicas")},
+    },
+    ["groupName", "template", "replicas", "minReplicas", "maxReplicas"],
+)  # fmt: skip
+FORM = mapping(
+    {
+        "metadata": mapping({"name": TEXT, "labels": {"type": "object"}}),
+        "spec": mapping(
+            {
+                "entrypoint": TEXT,
+                **{name: {"type": "integer"} for name in LONGEST},
+                "submitterPodTemplate": _POD,
+                "rayClusterSpec": mapping(
+                    {
+                        "rayVersion": TEXT,
+                        "headGroupSpec": mapping(
+                            {"template": _POD, "rayStartParams": {"type": "object"}, "headService": {"type": "object"}},
+                            ["template", "rayStartParams"],
+                        ),
+                        "workerGroupSpecs": list_of(_GROUP, least=1),
+                        "autoscalerOptions": mapping({"resources": _RESOURCES}),
+                    },
+                    ["headGroupSpec", "workerGroupSpecs"],
+                ),
+            }
+        ),
+    }
+)
+"""What the rules here rely on, where KubeRay's schema is not at hand."""
 SUBMITTER = "submitter"  # the one pod that runs no Ray
 GPU = "nvidia.com/gpu"
 GPU_TOLERATION = {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
@@ -46,10 +102,15 @@ def rayjob_problems(job: Content) -> list[str]:
         return ["not a RayJob of ray.io/v1"]
     if not (job.get("metadata") or {}).get("name"):
         return ["metadata lacks name"]
+    if not isinstance(job.get("spec"), dict):
+        return ["spec: has to be a mapping"]
     spec = job["spec"]
     missing = [key for key in NEEDED if not spec.get(key)]
     if missing:
         return [f"spec lacks {key}" for key in missing]
+    form = list(form_problems("", job, FORM))  # what comes next relies on it
+    if form:
+        return form
     cluster = spec["rayClusterSpec"]
     head = cluster["headGroupSpec"]
     groups = cluster["workerGroupSpecs"]
@@ -101,7 +162,7 @@ def pods(job: Content) -> Iterator[tuple[str, Content]]:
 
 def pod_problems(name: str, pod: Content) -> Iterator[str]:
     """What a pod lacks: a user, bounds, GPUs that it may reach."""
-    if not pod.get("securityContext", {}).get("runAsNonRoot"):
+    if not all(_is_nobody({**pod.get("securityContext", {}), **own}) for own in _securities(pod)):
         yield f"{name}: may run as root"
     reaches = pod.get("hostNetwork") or pod.get("hostPID") or pod.get("hostIPC")
     if reaches or any("hostPath" in volume for volume in pod.get("volumes", [])):
@@ -117,17 +178,28 @@ def pod_problems(name: str, pod: Content) -> Iterator[str]:
         resources = container.get("resources", {})
         if not _are_bounds(resources):
             yield f"{name}: requests are not limits"
-        if not re.search(r":\d+(\.\d+)+$", container["image"]):
+        if not re.search(r":\d+(\.\d+)+$|@sha256:[0-9a-f]{64}$", container["image"]):
             yield f"{name}: image without a version"
         if any("hostPort" in port for port in container.get("ports", [])):
             yield f"{name}: opens a port of its node"
         for variable in container.get("env", []):
-            if re.search(r"(?i)password|secret|token|key", variable["name"]) and "value" in variable:
+            is_named_so = re.search(r"(?i)password|secret|token|key", variable["name"]) is not None
+            if "value" in variable and (is_named_so or has_secret(str(variable["value"]))):
                 yield f"{name}: secret in the manifest"
             if variable["name"] == "RAY_AUTH_MODE" and variable.get("value") != "token":
                 yield f"{name}: no token wanted"
         if GPU in resources.get("limits", {}) and GPU_TOLERATION not in pod.get("tolerations", []):
             yield f"{name}: no toleration of GPU nodes"
+
+
+def _securities(pod: Content) -> list[Content]:
+    """What each container says of its user and rights, which goes before what its pod says."""
+    return [container.get("securityContext", {}) for container in _containers(pod)]
+
+
+def _is_nobody(security: Content) -> bool:
+    """Whether a process cannot be root."""
+    return security.get("runAsNonRoot") is True and security.get("runAsUser", 1) != 0
 
 
 def _shared_memory_problems(name: str, pod: Content) -> Iterator[str]:
@@ -180,7 +252,14 @@ def entrypoint_problems(entrypoint: str, num_gpus: int) -> Iterator[str]:
         entrypoint: of the manifest.
         num_gpus: that the groups may come to.
     """
-    words = shlex.split(entrypoint)
+    if shell := re.search(r"[$`;&|<>]", entrypoint):  # Ray runs it in a shell
+        yield f"entrypoint: {shell[0]} is for a shell; leave it to the job's own options"
+        return
+    try:
+        words = shlex.split(entrypoint)
+    except ValueError as error:
+        yield f"entrypoint: {error}"
+        return
     match = re.fullmatch(rf"{CODE}/jobs/(\w+)\.py", words[1]) if len(words) > 1 and words[0] == "python" else None
     if match is None or match[1] not in OPTIONS or not (ROOT / "jobs" / f"{match[1]}.py").is_file():
         yield f"entrypoint: has to begin with python {CODE}/jobs/NAME.py"

@@ -35,7 +35,7 @@ def resource_findings(config: ExperimentConfig, capacity: Capacity, trials: int 
 
 def _room(config: ExperimentConfig, capacity: Capacity, worker: dict[str, float], trials: int) -> Finding:
     """CPUs and GPUs for workers and for reading data; a trial itself only waits for its workers."""
-    num_workers = config.scaling.num_workers
+    num_workers = config.scaling.min_workers or config.scaling.num_workers  # it begins with so many
     need = {name: trials * num_workers * amount for name, amount in worker.items()}
     need["CPU"] += trials * MIN_CPUS_FOR_DATA
     group = f"{num_workers} workers x ({_amounts(worker, worker, ' + ')}) + {MIN_CPUS_FOR_DATA} CPU for reading"

@@ -146,6 +146,30 @@ def test_kuberay_names_a_mistake(name: str, change: Callable[[Content], None], e
         (put([{"name": "RAY_AUTH_MODE", "value": "disabled"}], *GPU_CONTAINER, "env"), "gpu: no token wanted"),
         (put("python jobs/train.py", "spec", "entrypoint"), "entrypoint: has to begin with python"),
         (put("python /home/ray/mask-rcnn/jobs/trian.py", "spec", "entrypoint"), "entrypoint: has to begin with python"),
+        (put("python 'jobs/train.py", "spec", "entrypoint"), "entrypoint: No closing quotation"),
+        (more("--register $(id)"), "entrypoint: $ is for a shell"),
+        (more("--register a;id"), "entrypoint: ; is for a shell"),
+        (put(0, *GPU_CONTAINER, "securityContext", "runAsUser"), "gpu: may run as root"),
+        (put(False, *GPU_CONTAINER, "securityContext", "runAsNonRoot"), "gpu: may run as root"),
+        (put(0, *GPU_POD, "securityContext", "runAsUser"), "gpu: may run as root"),
+        (
+            put([{"name": "MLFLOW_TRACKING_URI", "value": "http://me:a@mlflow"}], *GPU_CONTAINER, "env"),
+            "gpu: secret in the manifest",
+        ),
+        (put("many", "spec", "activeDeadlineSeconds"), "spec.activeDeadlineSeconds: has to be integer, got 'many'"),
+        (put("x", "spec"), "spec: has to be a mapping"),
+        (put([], *CLUSTER, "workerGroupSpecs"), "spec.rayClusterSpec.workerGroupSpecs: "),
+        *[
+            (put(None, *GPU, key), f"spec.rayClusterSpec.workerGroupSpecs.0.{key}: is missing")
+            for key in ("groupName", "template", "replicas", "minReplicas", "maxReplicas")
+        ],
+        *[
+            (put(None, *GPU_CONTAINER, key), f"workerGroupSpecs.0.template.spec.containers.0.{key}: is missing")
+            for key in ("name", "image")
+        ],
+        (put(3, *GPU_CONTAINER, "image"), "containers.0.image: has to be text, got 3"),
+        (put([{"name": "a"}], *GPU_CONTAINER, "volumeMounts"), "volumeMounts.0.mountPath: is missing"),
+        (put(None, *CLUSTER, "headGroupSpec"), "spec.rayClusterSpec.headGroupSpec: is missing"),
         (more("--run.storage_path /tmp/runs"), "entrypoint: run.storage_path /tmp/runs is no bucket"),
         (more("--run.mlflow_uri null"), "entrypoint: no MLflow server"),
         (more("--scaling.acelerator gpu"), "entrypoint: scaling.acelerator: no such key"),

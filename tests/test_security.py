@@ -127,6 +127,12 @@ def test_a_hostile_checkpoint_runs_nothing(form: str, tmp_path: Path) -> None:
         ("run.mlflow_uri", "http://me:hunter2@mlflow:5000"),
         ("run.storage_path", "s3://AKIA:hunter2@bucket/runs"),
         ("data.root", "s3://bucket/data?region=a&secret_key=hunter2"),
+        ("data.root", "s3://AKIA:wJalr/hunter2@bucket/data"),
+        ("run.mlflow_uri", "http://me:hun/hunter2@mlflow:5000"),
+        *[
+            ("data.root", f"https://host/data{mark}=hunter2")
+            for mark in ("?pwd", "?a=b&pass", "?sas", "?AWSAccessKeyId", "#token", "?a=b;password")
+        ],
         ("data.root", "https://host/data?X-Amz-Signature=hunter2"),
         ("data.root", "https://host/data?X-Amz-Credential=hunter2"),
         ("data.root", "https://host/data?sig=hunter2"),
@@ -143,7 +149,16 @@ def test_a_secret_in_the_configuration_is_refused_and_not_shown(key: str, value:
 
 
 @pytest.mark.parametrize(
-    "value", ["s3://bucket/data?endpoint_override=127.0.0.1:9000&scheme=http", "http://mlflow:5000/a:b", "gs://b@c/d"]
+    "value",
+    [
+        "s3://bucket/data?endpoint_override=127.0.0.1:9000&scheme=http",
+        "http://mlflow:5000/a:b",
+        "gs://b@c/d",
+        "http://mlflow:5000/a@b",
+        "http://mlflow:5000",
+        "s3://bucket/a:b@c",
+        "https://host/data?compass=north",
+    ],
 )
 def test_addresses_without_a_secret_are_taken(value: str) -> None:
     assert parse("", ["--data.root", value]).experiment.data.root == value

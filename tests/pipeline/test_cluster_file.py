@@ -115,7 +115,7 @@ MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
         GCP,
         put([{"subnetwork": "a", "accessConfigs": [{"type": "ONE_TO_ONE_NAT"}]}],
             TYPES, "ingest", NODE, "networkInterfaces"),
-        "ingest.node_config.networkInterfaces: accessConfigs is a public address",
+        r"ingest.node_config.networkInterfaces.0.accessConfigs: is a public address",
     ),
     (GCP, put(4, TYPES, "head", "resources", "CPU"), "needs CPU: 0"),
     (ON_PREMISE, drop("provider", "head_ip"), "head_ip"),
@@ -154,12 +154,64 @@ MISTAKES: list[tuple[str, Callable[[Content], None], str]] = [
     (GCP, put(None, TYPES, "gpu", NODE, "networkInterfaces"), "gpu.node_config.networkInterfaces: is missing"),
     (GCP, put("n2", TYPES, "gpu", NODE, "machineTyp"), "machineTyp: no such key; did you mean machineType"),
     (GCP, put("SPOTS", TYPES, "gpu", NODE, "scheduling", "provisioningModel"), "has to be SPOT or STANDARD"),
+    (GCP, put(7, TYPES, "gpu", NODE, "machineType"), "gpu.node_config.machineType: has to be text, got 7"),
+    (GCP, put("one", TYPES, "gpu", NODE, "disks"), "gpu.node_config.disks: has to be a list"),
+    (GCP, put([{"boot": True, "initializeParam": {}}], TYPES, "gpu", NODE, "disks"), "did you mean initializeParams"),
+    (GCP, put([{"boot": True, "initializeParams": {"diskSizeGb": 9}}], TYPES, "gpu", NODE, "disks"), "diskSizeGb"),
+    (GCP, put([{"boot": True, "initializeParams": {}}], TYPES, "gpu", NODE, "disks"), "sourceImage is missing"),
+    (GCP, put([{"initializeParams": {"sourceImage": "a"}}], TYPES, "gpu", NODE, "disks"), "one has to say boot: true"),
+    (GCP, put([{}], TYPES, "gpu", NODE, "networkInterfaces"), "networkInterfaces.0.subnetwork: is missing"),
+    (GCP, put([{"subnetwork": "a", "ipv6AccessConfigs": [{"type": "DIRECT_IPV6"}]}],
+              TYPES, "gpu", NODE, "networkInterfaces"), "0.ipv6AccessConfigs: is a public address"),
+    (GCP, put([{"email": "a"}], TYPES, "gpu", NODE, "serviceAccounts"), "serviceAccounts.0.scopes: is missing"),
+    (GCP, put("SPOT", TYPES, "gpu", NODE, "scheduling", "provisioningModle"), "did you mean provisioningModel"),
+    (AWS, put("subnet-1", TYPES, "gpu", NODE, "SubnetIds"), "gpu.node_config.SubnetIds: has to be a list"),
+    (AWS, drop("docker", "image"), "^docker.image: is missing"),
+    (AWS, put(None, "docker", "container_name"), "^docker.container_name: is missing"),
+    (ON_PREMISE, drop("docker"), "^docker: is missing"),
+    (AWS, put([7], "docker", "worker_run_options"), "docker.worker_run_options.0: has to be text, got 7"),
+    (AWS, put("registry.example/x:stable", "docker", "image"), "may be another one tomorrow"),
+    (AWS, put("registry.example/x@sha256:", "docker", "image"), "may be another one tomorrow"),
+    (AWS, put(["export RAY_AUTH_MODE=disabled"], "setup_commands"), "setup_commands: sets another RAY_AUTH_MODE"),
+    (AWS, put(["--cap-add=ALL"], "docker", "head_run_options"), "--cap-add gives a job rights"),
+    (AWS, put(["--user root"], "docker", "worker_run_options"), "--user makes a job root"),
+    (AWS, put(["--volume /var/run/docker.sock:/a"], "docker", "worker_run_options"), "docker.sock gives a job"),
+    (AWS, put(["--publish 0.0.0.0:8265:8265"], "docker", "head_run_options"), "--publish opens a port"),
+    (AWS, put(["export AWS_SECRET_ACCESS_KEY=a"], "setup_commands"), "AWS_SECRET_ACCESS_KEY would lie in"),
+    (AWS, put({"aws_secret_access_key": "a"}, "provider", "aws_credentials"), "a secret would lie in this file"),
     (ON_PREMISE, put(["--shm-size=8g", "--env RAY_AUTH_MODE=token"], "docker", "run_options"), "add --volume /shared"),
     (ON_PREMISE, put(["10.0.0.10"], "provider", "worker_ips"), "holds head_ip, too"),
     (ON_PREMISE, put("8.8.8.8", "provider", "head_ip"), "8.8.8.8 is a public address"),
     (ON_PREMISE, put([HEAD.replace("--num-cpus=0", "--num-cpus=08")], START), "add --num-cpus=0"),
     (ON_PREMISE, put([f"{HEAD} --num-gpus=8"], START), "the head needs no GPU"),
 ]  # fmt: skip
+
+
+def test_options_of_one_kind_of_node_are_not_those_of_the_other(tmp_path: Path) -> None:
+    """The token, and room for the object store, on the head alone."""
+    content = filled_in(AWS)
+    options = content["docker"].pop("run_options")
+    content["docker"]["head_run_options"] = options
+    found = problems(content, tmp_path)
+    assert [line.split(",")[0] for line in found] == [
+        "docker.run_options: add --shm-size",
+        "docker.run_options: add --env RAY_AUTH_MODE=token and no other",
+    ]
+    content["docker"]["worker_run_options"] = options
+    assert problems(content, tmp_path) == []
+
+
+def test_a_digest_pins_an_image(tmp_path: Path) -> None:
+    content = filled_in(AWS)
+    content["docker"]["image"] = f"registry.example/x@sha256:{'0' * 64}"
+    assert problems(content, tmp_path) == []
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text((ROOT / AWS).read_text() + "\nmax_workers: 600\n")
+    with pytest.raises(UserError, match=r"cluster\.yaml: line \d+: max_workers stands there twice"):
+        read_cluster_file(str(path))
 
 
 @pytest.mark.parametrize(("name", "change", "expected"), MISTAKES)

@@ -1,19 +1,25 @@
 """The doctor's checks without a cluster: what is not well is named, with what to do; what is well is said."""
 
+import contextlib
 import json
 import re
+import socket
 import threading
+import urllib.error
 from collections.abc import Iterator
 from dataclasses import replace
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import ray
 
-from pipeline import cluster, doctor
+from jobs.doctor import main
+from pipeline import cluster, cluster_access, doctor
 from pipeline.cluster import Capacity
 from pipeline.cluster_access import job_server_findings, port_finding, sent_files, working_directory_finding
+from pipeline.command_line import ConfigurationError
 from pipeline.errors import UserError
 from pipeline.findings import Finding, fix, well
 from pipeline.mlflow_server import server_finding
@@ -126,6 +132,59 @@ def test_nobody_listens() -> None:
     )
     assert doctor.head_finding(None) is None
     assert doctor.head_finding("auto") is None
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """HOST:PORT of something that answers, but not in HTTP: as the port of a head node's own protocol does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(1000)
+                        connection.sendall(b"\0\0\x06\4\0\0\0\0\0\0\5\0\0\x40\0")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_port_of_something_else(other_server: str) -> None:
+    (line,) = wrong(job_server_findings(f"http://{other_server}"))
+    assert "RAY_ADDRESS has to be the dashboard's address" in line
+    assert "does not answer" in server_finding(f"http://{other_server}").text
+
+
+def test_a_server_that_is_no_dashboard(head: tuple[str, type[Head]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's error is no matter of tokens."""
+
+    def ask(address: str, path: str, token: str | None) -> dict[str, str]:
+        if path == "/api/version":
+            raise urllib.error.HTTPError(address, 502, "bad gateway", Message(), None)
+        return {"authentication_mode": "token"}
+
+    monkeypatch.setattr(cluster_access, "_ask", ask)
+    (line,) = wrong(job_server_findings(head[0]))
+    assert line.startswith("job server: ")
+    assert "HTTP 502" in line
+
+
+def test_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("Version mismatch: The cluster was started with:\n  Ray: 2.59.0\nThis process:\n  Ray: 2.60.0")
+    finding = doctor.version_finding("head:6379", error)
+    assert (finding.ok, finding.check) == (False, "versions")
+    assert "Ray: 2.59.0 This process: Ray: 2.60.0; install" in finding.text
+
+
+@pytest.mark.parametrize("address", ["http://me:hunter2@head:8265", "me:hunter2@head:6379"])
+def test_a_password_in_the_address_is_not_shown(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigurationError, match="RAY_ADDRESS has a password in it") as caught:
+        main([])
+    assert "hunter2" not in str(caught.value)
 
 
 def test_the_working_directory_is_what_ray_would_send(tmp_path: Path) -> None:
@@ -245,6 +304,7 @@ def test_the_arithmetic_of_workers() -> None:
         "and no autoscaler adds nodes; take --scaling.num_workers 2"
     )
     assert "lower --scaling.cpus_per_worker" in room(NODES, num_workers=1, cpus_per_worker=8)[0].text
+    assert room(NODES, num_workers=3, min_workers=2)[0].ok, "it begins with fewer"
 
 
 def test_the_arithmetic_of_trials() -> None:
@@ -295,6 +355,15 @@ def test_mlflow(head: tuple[str, type[Head]], tmp_path: Path) -> None:
     assert (away.ok, away.check) == (False, "mlflow")
     assert "see to run.mlflow_uri" in away.text
     assert server_finding(f"sqlite:///{tmp_path}/mlflow.db").ok
+    (tmp_path / "file").touch()
+    for uri, part in (
+        ("htp://mlflow:5000", "has to begin with http://, https:// or sqlite:///"),
+        ("mlflow:5000", "has to begin with http://"),
+        (f"sqlite:///{tmp_path}/file/mlflow.db", "file is no folder that can be written to"),
+        ("postgresql://me@127.0.0.1:1/db", "postgresql at 127.0.0.1 does not answer"),
+    ):
+        finding = server_finding(uri)
+        assert (finding.ok, part in finding.text) == (False, True), finding
     bucket = small_config(run={"storage_path": "s3://bucket/runs"})
     (line,) = wrong(doctor._mlflow(bucket))
     assert "name a server with --run.mlflow_uri" in line
