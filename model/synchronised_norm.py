@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from model.norm import RowBatchNorm
+from model.norm import FrozenStatisticsNorm, RowBatchNorm
 
 
 class SynchronisedBatchNorm(RowBatchNorm):
@@ -108,9 +108,12 @@ def _several_workers() -> bool:
 
 
 def synchronise_norms(module: nn.Module) -> None:
-    """Replace every batch norm below a module; parameters, statistics and their names stay as they are."""
+    """Replace every batch norm below a module; parameters, statistics and their names stay as they are.
+
+    Norms of stored statistics have nothing to synchronise, and stay.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, SynchronisedBatchNorm):
+        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, SynchronisedBatchNorm | FrozenStatisticsNorm):
             norm = SynchronisedBatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
             norm.weight, norm.bias = child.weight, child.bias
             norm.running_mean, norm.running_var = child.running_mean, child.running_var

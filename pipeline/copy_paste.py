@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +115,11 @@ def _cover_objects(sample: Sample, cover: Bitmap) -> Sample:
     for index in range(len(sample.classes)):
         (top, bottom, left, right), mask = draw_mask(sample, index)
         seen = mask & ~cover[top:bottom, left:right]
+        if not mask.any():  # smaller than a pixel, and without one's centre: the pixels that it touches decide
+            x0, y0, x1, y1 = sample.mask_boxes[index]
+            touched = cover[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)]
+            if touched.size and touched.all():
+                continue
         if (seen == mask).all():
             parts.append(_choose(sample, [index]))
             continue

@@ -21,7 +21,7 @@ from pipeline.doctor import check_at_start
 from pipeline.errors import Terminated, UserError, last_line
 from pipeline.initial_weights import InitialWeights
 from pipeline.mlflow_place import tracking_uri
-from pipeline.optim import explain_scaling
+from pipeline.optim import explain_scaling, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
@@ -204,6 +204,12 @@ def _explain(
         f"{config.global_batch_size} a step, {steps} steps"
     )
     say(f"train: {explain_scaling(config.optim, config.global_batch_size)}")
+    warmup_steps = scale_to_batch(config.optim, config.global_batch_size).warmup_steps
+    if warmup_steps >= steps:
+        say(
+            f"train: warning: a warm-up of {warmup_steps} steps is as long as the training of {steps}, so the learning "
+            "rate never gets to its peak; lower optim.warmup_steps"
+        )
     say(f"train: {'going on with' if resumed else 'beginning'} run {config.run.name} in {folder}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import nn
 
 from pipeline.config import OptimSettings
+from pipeline.errors import UserError
 
 COSINE_END = 1e-2
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
@@ -44,15 +46,24 @@ def scale_to_batch(settings: OptimSettings, global_batch_size: int) -> OptimSett
     Args:
         settings: as configured; without `reference_batch_size` they are taken as they are.
         global_batch_size: images a step over all workers.
+
+    Raises:
+        UserError: two milestones would fall together.
     """
     if settings.reference_batch_size is None or settings.reference_batch_size == global_batch_size:
         return settings
     factor = global_batch_size / settings.reference_batch_size
+    milestones = tuple(round(milestone / factor) for milestone in settings.milestones)
+    if settings.schedule == "multistep" and not all(a < b for a, b in itertools.pairwise((0, *milestones))):
+        raise UserError(
+            f"optim.milestones {list(settings.milestones)} come to {list(milestones)} at {global_batch_size} images a "
+            f"step (optim.reference_batch_size {settings.reference_batch_size}): they have to rise"
+        )
     return settings.model_copy(
         update={
             "learning_rate": settings.learning_rate * factor,
             "warmup_steps": round(settings.warmup_steps / factor),
-            "milestones": tuple(round(milestone / factor) for milestone in settings.milestones),
+            "milestones": milestones,
         }
     )
 

@@ -126,7 +126,9 @@ def train_step(
     gradient_norm = torch.nn.utils.get_total_norm(gradients)
     if config.optim.gradient_clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.gradient_clip_norm, gradient_norm)
-    if guard is not None and not scaler.is_enabled():
+    if guard is not None and scaler.is_enabled():
+        guard.after_overflow(model, gradient_norm)
+    elif guard is not None:
         guard.before_update(model, optimizer, gradient_norm)
     scaler.step(optimizer)
     scaler.update()

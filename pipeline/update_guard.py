@@ -39,7 +39,19 @@ class UpdateGuard:
         if self._policy == "stop":
             bad = bad if self._shut is None else torch.maximum(bad, self._shut)
             self._shut = bad
-        for buffer, value in zip(model.buffers(), self._buffers, strict=False):
-            buffer.copy_(torch.where(bad.bool(), value, buffer))
+        self._take_back_statistics(model, bad)
         # What torch.amp.GradScaler gives a fused optimiser: no scale, and whether to leave the step out.
         optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+
+    def after_overflow(self, model: nn.Module, gradient_norm: Tensor) -> None:
+        """In fp16 the scaler leaves the update out; what the forward passes did to the statistics is left to take back.
+
+        Args:
+            model: its buffers are put back if the step is bad.
+            gradient_norm: () of the whole gradient, unscaled.
+        """
+        self._take_back_statistics(model, (~torch.isfinite(gradient_norm)).float())
+
+    def _take_back_statistics(self, model: nn.Module, bad: Tensor) -> None:
+        for buffer, value in zip(model.buffers(), self._buffers, strict=False):
+            buffer.copy_(torch.where(bad.bool(), value, buffer))

@@ -354,6 +354,9 @@ def test_giou_losses_are_torchvisions_on_the_decoded_boxes() -> None:
     assert gradient[positive].abs().sum(dim=-1).gt(0).all()
     assert gradient[~positive].eq(0).all()
 
+    found = losses.rpn_bbox_loss(deltas, targets, positive, valid, 1.0, "positives", giou_delta_scale=scale)
+    torch.testing.assert_close(found, each[positive & valid].mean(), rtol=1e-4, atol=1e-5)  # one number a box, not four
+
     classes = torch.tensor([2, 0, 1])
     per_class = torch.randn(3, 3, 4, generator=generator)
     image_index = torch.tensor([0, 0, 1])
@@ -364,3 +367,7 @@ def test_giou_losses_are_torchvisions_on_the_decoded_boxes() -> None:
     boxes = decode_boxes(per_class[[0, 2], [2, 1]], references[0, [0, 2]], scale)
     each = generalized_box_iou_loss(boxes, decode_boxes(targets[0, [0, 2]], references[0, [0, 2]], scale))
     torch.testing.assert_close(found, (each[0] / 2 + each[1]) / 2, rtol=1e-4, atol=1e-5)
+    found = losses.mrcnn_bbox_loss(
+        per_class, targets[0, :3], classes, everything, image_index, 2, 1.0, "positives", giou_delta_scale=scale
+    )
+    torch.testing.assert_close(found, each.mean(), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from model.mask_rcnn import MaskRCNN
-from model.norm import RowBatchNorm
+from model.norm import FrozenStatisticsNorm, RowBatchNorm, make_norm
 from model.synchronised_norm import SynchronisedBatchNorm, synchronise_norms
 from tests.pipeline.small import SMALL_MODEL, small_batch, small_config
 
@@ -169,3 +169,9 @@ def test_a_backbone_on_workers_has_the_gradient_of_one_big_batch(num_workers: in
         for name, buffer in statistics.items():
             if buffer.is_floating_point():
                 torch.testing.assert_close(buffers[name], buffer, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_norms_of_stored_statistics_stay() -> None:
+    model = nn.Sequential(make_norm("frozen_statistics", 4), make_norm("batch", 4))
+    synchronise_norms(model)
+    assert [type(norm) for norm in model] == [FrozenStatisticsNorm, SynchronisedBatchNorm]

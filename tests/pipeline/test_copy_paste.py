@@ -1,6 +1,8 @@
+import dataclasses
+
 import numpy as np
 
-from pipeline.copy_paste import copy_paste, planned_partner
+from pipeline.copy_paste import copy_paste, draw_mask, planned_partner
 from pipeline.jitter import scale_and_crop
 from pipeline.sample import Sample
 from tests.pipeline.factories import Bitmap, bitmap_of, ellipse_polygon, noise, pack_sample
@@ -33,6 +35,18 @@ def test_the_box_of_what_is_covered_shrinks() -> None:
     sample = pack_sample(noise(6, 8), [block(6, 8, 0, 0, 4, 8)])
     partner = pack_sample(noise(6, 8), [block(6, 8, 0, 5, 6, 8)])
     assert copy_paste(sample, partner, np.array([True])).boxes.tolist() == [[0, 0, 5, 4], [5, 0, 8, 6]]
+
+
+def test_an_object_smaller_than_a_pixel_is_covered_too() -> None:
+    """It has the centre of no pixel, so no pixel of its mask could be covered."""
+    speck = pack_sample(noise(8, 8), [block(8, 8, 0, 0, 2, 2)])
+    box = np.array([[2.6, 2.6, 3.4, 3.4]])
+    speck = dataclasses.replace(speck, boxes=box.astype(np.float32), mask_boxes=box.astype(np.float32))
+    assert not draw_mask(speck, 0)[1].any()
+    for right, number in ((8, 1), (3, 2)):  # all four pixels that it touches, or two of them
+        over = pack_sample(noise(8, 8), [block(8, 8, 0, 0, 8, right)])
+        pasted = copy_paste(speck, over, np.array([True]))
+        assert len(pasted.classes) == number
 
 
 def random_sample(seed: int, height: int, width: int, scale: float) -> Sample:

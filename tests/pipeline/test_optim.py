@@ -7,6 +7,7 @@ from torch import nn
 
 from model.mask_rcnn import MaskRCNN
 from pipeline.config import OptimSettings
+from pipeline.errors import UserError
 from pipeline.optim import build_optimizer, explain_scaling, learning_rate, scale_to_batch, set_learning_rate
 from tests.pipeline.factories import thin_model
 
@@ -154,6 +155,14 @@ def test_the_learning_rate_grows_with_the_global_batch_and_the_steps_shrink() ->
     assert scale_to_batch(ONE_TIMES, 16) == ONE_TIMES
     as_configured = ONE_TIMES.model_copy(update={"reference_batch_size": None})
     assert scale_to_batch(as_configured, 64) == as_configured
+
+
+def test_milestones_that_fall_together_are_refused() -> None:
+    settings = OptimSettings(schedule="multistep", milestones=(10, 20), reference_batch_size=1)
+    assert scale_to_batch(settings, 5).milestones == (2, 4)
+    for size in (32, 64):  # (0, 1) and (0, 0)
+        with pytest.raises(UserError, match=rf"^optim\.milestones \[10, 20\] come to .* at {size} images a step"):
+            scale_to_batch(settings, size)
 
 
 def test_the_scaling_is_explained() -> None:

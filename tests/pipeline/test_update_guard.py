@@ -96,3 +96,13 @@ def test_in_fp16_the_scaler_decides() -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert scaler.get_scale() == 2.0**15
+
+
+def test_in_fp16_the_statistics_of_norms_are_taken_back() -> None:
+    config: ExperimentConfig = small_config(optim=OPTIMISERS[0])
+    model = _Scripted([1.0, math.nan, 2.0]).train()
+    optimizer, scaler = build_optimizer(model, config.optim), gradient_scaler(torch.float16, "cpu")
+    for step in range(3):
+        train_step(model, [BATCH], optimizer, config, step, 10, None, scaler, UpdateGuard("skip"))
+    expected, _, _ = run([1.0, 2.0], OPTIMISERS[0], None)
+    torch.testing.assert_close(dict(model.norm.state_dict()), dict(expected.norm.state_dict()), rtol=0, atol=0)
