@@ -40,8 +40,8 @@ class BackboneConfig(Config):
 
     depth: Literal[18, 34, 50, 101] = 50
     """Number of layers of the ResNet."""
-    norm: Literal["batch", "frozen", "frozen_statistics"] = "batch"
-    """Norm of the ResNet: batch statistics (from scratch) or frozen ones (on pretrained weights)."""
+    norm: Literal["batch", "frozen", "frozen_statistics", "group"] = "batch"
+    """Norm of the ResNet: batch or group statistics (from scratch) or frozen ones (on pretrained weights)."""
     variant: Literal["torchvision", "keras"] = "torchvision"
     """keras: stride in a bottleneck's first 1x1 convolution, and the stem's pooling padded at the end only."""
 

@@ -27,6 +27,7 @@ BACKGROUND = "background"
 _DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _KEYS = {  # by what an unfit name contains, the key that decides on it; the first that is found
     r"(backbone\.stem\.0|conv\d|downsample\.0)\.bias": "model.norms.convolution_bias",
+    r"backbone.*running_(mean|var)": "model.backbone.norm",
     r"backbone": "model.backbone.depth",
     r"fpn": "model.fpn.norm",
     r"rpn\.shared": "model.rpn.num_convolutions",

@@ -125,3 +125,19 @@ def test_convolutions_have_a_bias_on_request(has_bias: bool) -> None:
 def test_epsilon_reaches_every_norm() -> None:
     backbone = Backbone(BackboneConfig(depth=18), NormConfig(epsilon=0.125))
     assert {module.eps for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)} == {0.125}
+
+
+def test_group_norms_are_those_of_torchvision_and_see_one_image_at_a_time() -> None:
+    backbone = Backbone(BackboneConfig(depth=18, norm="group"), NormConfig()).train()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    body = resnet.resnet18(weights=None, norm_layer=lambda channels: nn.GroupNorm(min(channels // 8, 32), channels))
+    body_stages = nn.ModuleList([body.layer1, body.layer2, body.layer3, body.layer4])
+    nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool).load_state_dict(backbone.stem.state_dict())
+    body_stages.load_state_dict(backbone.stages.state_dict())
+    x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+    for stage, features in zip(body_stages, backbone(images), strict=True):
+        x = stage(x)
+        torch.testing.assert_close(features, x, rtol=1e-5, atol=1e-5)
+    for alone, together in zip(backbone(images[:1]), backbone(images), strict=True):
+        torch.testing.assert_close(alone, together[:1], rtol=1e-5, atol=1e-5)

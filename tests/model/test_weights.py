@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
-from model.config import FpnConfig, ModelConfig, NormConfig
+from model.config import BackboneConfig, FpnConfig, ModelConfig, NormConfig
 from model.mask_rcnn import MaskRCNN
 from model.source_weights import SourceTensor, SourceWeights, WeightsError
 from model.weights import COUNTER, NUMBERS_PER_CLASS, fit_weights, import_weights, read_weights
@@ -138,6 +138,8 @@ def test_a_layer_of_a_known_backbone_is_missing() -> None:
         ({"norms": NormConfig(convolution_bias=True)}, ", or not whole: nothing in it is the configured model's "
          "backbone.stem.0.bias, backbone.stages.0.0.conv1.bias, backbone.stages.0.0.conv2.bias and 21 more; "
          "see model.norms.convolution_bias"),
+        ({"backbone": BackboneConfig(depth=18, norm="group")}, ": their.backbone.stem.1.running_mean has no place in "
+         "the configured model; see model.backbone.norm"),
         ({"fpn": FpnConfig(channels=16, norm="batch")}, ": their.fpn.laterals.0.weight has no place in the configured "
          "model; see model.fpn.norm"),
     ],
