@@ -32,10 +32,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigurationError(f"--trials {trials}: has to be a whole number of at least 1")
 
     from pipeline import cluster, doctor
-    from pipeline.cluster_file import cluster_file_problems, placeholders, read_cluster_file, storage_problems
     from pipeline.findings import Finding, fix, well
-    from pipeline.node_checks import shared_folders
-    from pipeline.rayjob_file import rayjob_problems
 
     started = time.monotonic()
     address = os.environ.get("RAY_ADDRESS")
@@ -48,13 +45,7 @@ def main(arguments: list[str]) -> None:
         say(finding.line)
 
     if options.cluster is not None:
-        content = read_cluster_file(options.cluster)
-        if content.get("kind") == "RayJob":
-            problems = [*placeholders(content), *rayjob_problems(content)]
-        else:
-            problems = cluster_file_problems(options.cluster)
-            if not problems and os.path.isabs(config.run.storage_path):  # the default is for one machine
-                problems += storage_problems(content, shared_folders(config.base()))
+        problems = _file_problems(options.cluster, config)
         for problem in problems:
             tell(fix("cluster file", f"{options.cluster}: {problem}"))
         if not problems:
@@ -84,6 +75,21 @@ def main(arguments: list[str]) -> None:
     say_summary({"well": not counts[False], "seconds": round(time.monotonic() - started, 1)})
     if counts[False]:
         sys.exit(FAILURE_EXIT_CODE)
+
+
+def _file_problems(path: str, config: SweepConfig) -> list[str]:
+    """What is wrong with a cluster.yaml or a RayJob, a line each."""
+    from pipeline.cluster_file import cluster_file_problems, placeholders, read_cluster_file, storage_problems
+    from pipeline.node_checks import shared_folders
+    from pipeline.rayjob_file import rayjob_problems
+
+    content = read_cluster_file(path)
+    if content.get("kind") == "RayJob":
+        return [*placeholders(content), *rayjob_problems(content)]
+    problems = cluster_file_problems(path)
+    if not problems and os.path.isabs(config.run.storage_path):  # the default is for one machine
+        problems += storage_problems(content, shared_folders(config.base()))
+    return problems
 
 
 if __name__ == "__main__":

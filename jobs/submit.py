@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--storage_path", default="runs", help="where runs are kept")
     options, further = parser.parse_known_args(arguments)
     storage_path = Path(options.storage_path).resolve()
-    configs = [word for config in options.config or ["configs/demo.yaml"] for word in ("--config", config)]
+    configs = options.config or ["configs/demo.yaml"]
     data_root = _data_root(configs, storage_path, further)  # a wrong configuration shows before Ray starts
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the head node is ended then, too
 
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
         _wait_for_head(head, ports[1])
         command = [
             *_ray("job", "submit", "--working-dir", str(ROOT), "--"),
-            *("python", "jobs/train.py", *configs),
+            *("python", "jobs/train.py", *_options_of(configs)),
             *further,
             *("--run.storage_path", str(storage_path), "--data.root", str(data_root)),
         ]
@@ -69,9 +70,14 @@ def main(arguments: list[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _options_of(configs: Iterable[str]) -> list[str]:
+    """Configuration files as options of a job."""
+    return [word for config in configs for word in ("--config", config)]
+
+
 def _data_root(configs: list[str], storage_path: Path, further: list[str]) -> str:
     """Where the job finds or makes its data: the job's own folder is thrown away, so an absolute path outside of it."""
-    there = [word if word == "--config" else str(ROOT / word) for word in configs]
+    there = _options_of(str(ROOT / config) for config in configs)
     root = str(parse("", [*there, *further], **OPTIONS["train"]).experiment.data.root)
     if "://" in root or Path(root).is_absolute():
         return root

@@ -93,8 +93,7 @@ def rpn_bbox_loss(
         giou_delta_scale: units of the deltas, for GIoU in place of smooth L1.
     """
     loss = torch.where(positive & valid, _smooth_l1(deltas, target_deltas, beta, giou_delta_scale), 0.0)
-    numbers = 4.0 if giou_delta_scale is None else 1.0  # of a box in the mean
-    counted, weight = (positive & valid, numbers) if normalizer == "positives" else (valid, 1.0)
+    counted, weight = _counted(positive & valid, valid, normalizer, giou_delta_scale)
     return _mean(loss.flatten(), counted.flatten(), _image_index(valid), valid.shape[0], normalizer, weight)
 
 
@@ -159,9 +158,17 @@ def mrcnn_bbox_loss(
     loss = _smooth_l1(deltas.gather(1, index)[:, 0], target_deltas, beta, giou_delta_scale)
     positive = valid & (classes > 0)
     loss = torch.where(positive, loss, 0.0)
-    numbers = 4.0 if giou_delta_scale is None else 1.0  # of a box in the mean
-    counted, weight = (positive, numbers) if normalizer == "positives" else (valid, 1.0)
+    counted, weight = _counted(positive, valid, normalizer, giou_delta_scale)
     return _mean(loss, counted, image_index, num_images, normalizer, weight)
+
+
+def _counted(
+    positive: Tensor, valid: Tensor, normalizer: Normalizer, giou_delta_scale: Sequence[float] | None
+) -> tuple[Tensor, float]:
+    """What a box loss is divided by: all that is real, or the positives with the numbers of each (four, or a GIoU)."""
+    if normalizer != "positives":
+        return valid, 1.0
+    return positive, 4.0 if giou_delta_scale is None else 1.0
 
 
 def mrcnn_mask_loss(

@@ -82,7 +82,7 @@ class PolicySettings(Config):
     """What to do about each kind of problem in the data: stop, leave the record out, mend it, or leave it as it is."""
 
     malformed_record: ErrorOrDrop = "error"
-    """A record without what it needs: id, size, four numbers for a box, run lengths that fit the image."""
+    """A record without what it needs (id, size, four numbers for a box, run lengths that fit), or far off its image."""
     non_finite_number: ErrorOrDrop = "error"
     """NaN or infinity in a box, an area or an outline."""
     path_outside_folder: ErrorOrDrop = "error"

@@ -343,7 +343,7 @@ def check_search(space: Space, settings: SweepSettings, experiment: ExperimentCo
         if len(point) == len(space.knobs):  # else the others are drawn
             _check_anchors(_checked_point(experiment, dict(point), where), dict(point), f"{where}: ")
         if settings.search == "grid" and len(point) < len(space.knobs):
-            raise ConfigurationError(f"sweep.start_points.{index}: a grid search draws nothing; name all knobs")
+            raise ConfigurationError(f"{where}: a grid search draws nothing; name all knobs")
 
 
 def _check_given(knob: Knob, experiment: ExperimentConfig, where: str) -> None:

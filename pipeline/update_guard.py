@@ -39,7 +39,7 @@ class UpdateGuard:
         if self._policy == "stop":
             bad = bad if self._shut is None else torch.maximum(bad, self._shut)
             self._shut = bad
-        self._take_back_statistics(model, bad)
+        self._take_back_statistics(model, bad.bool())
         # What torch.amp.GradScaler gives a fused optimiser: no scale, and whether to leave the step out.
         optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
 
@@ -50,8 +50,8 @@ class UpdateGuard:
             model: its buffers are put back if the step is bad.
             gradient_norm: () of the whole gradient, unscaled.
         """
-        self._take_back_statistics(model, (~torch.isfinite(gradient_norm)).float())
+        self._take_back_statistics(model, ~torch.isfinite(gradient_norm))
 
     def _take_back_statistics(self, model: nn.Module, bad: Tensor) -> None:
         for buffer, value in zip(model.buffers(), self._buffers, strict=False):
-            buffer.copy_(torch.where(bad.bool(), value, buffer))
+            buffer.copy_(torch.where(bad, value, buffer))
