@@ -224,7 +224,7 @@ def train(
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
     shards, validation = ShardSet(data.training), ShardSet(data.validation)
     dtype = autocast_dtype(config.train.precision, device.type)
-    scaler = gradient_scaler(dtype, device.type)
+    scaler = gradient_scaler(dtype, device.type, config.train.gradient_compression)
     torch.manual_seed(config.train.seed)
     model = MaskRCNN(config.model, shards.manifest.num_classes)
     if initial is not None:

@@ -241,9 +241,10 @@ class MaskRCNN(nn.Module):
         return class_loss, bbox_loss
 
     def _mask_loss(self, pyramid: list[Tensor], targets: RegionTargets, batch: Batch, windows: Tensor) -> Tensor:
-        image_index, slot = _slots(targets.valid[:, : targets.num_positive_slots])
+        is_positive = targets.classes[:, : targets.num_positive_slots] > 0
+        image_index, slot = _slots(is_positive)
         regions = targets.boxes[image_index, slot]
-        valid, classes = targets.valid[image_index, slot], targets.classes[image_index, slot]
+        valid, classes = is_positive[image_index, slot], targets.classes[image_index, slot]
         gt_index = targets.matched_gt_index[image_index, slot]
         config = self.config.mask_head
         canvas = _canvas(batch.images)

@@ -33,7 +33,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class RegionTargets:
-    """Regions that the heads are trained on, positives in the first P slots."""
+    """Regions that the heads are trained on: positives, then negatives, then empty slots."""
 
     boxes: Tensor
     """(B, R, 4) xyxy in input pixels."""
@@ -44,7 +44,7 @@ class RegionTargets:
     matched_gt_index: Tensor
     """(B, R) int64; meaningful for positives alone."""
     num_positive_slots: int
-    """P."""
+    """P, the most positives an image can have; all lie within the first P slots, which negatives fill up."""
 
 
 def draw_samples(
@@ -140,6 +140,9 @@ def sample_anchors(positive: Tensor, negative: Tensor, batch: Batch, config: Mod
 def sample_regions(proposals: Tensor, proposals_valid: Tensor, batch: Batch, config: ModelConfig) -> RegionTargets:
     """Match proposals with objects and draw the regions that the heads are trained on (Mask R-CNN, section 3.1).
 
+    Negatives fill up to `rois_per_image` however few positives there are, unless `fixed_ratio` ties their number to
+    that of the positives.
+
     Args:
         proposals: (B, K, 4) xyxy in input pixels.
         proposals_valid: (B, K) bool.
@@ -156,23 +159,25 @@ def sample_regions(proposals: Tensor, proposals_valid: Tensor, batch: Batch, con
     negative = (best_iou < config.roi.positive_iou) & (crowd_iou < config.crowd_iou) & valid
 
     num_regions = config.roi.rois_per_image
-    num_positive_slots = int(num_regions * config.roi.positive_fraction)
     samples = draw_samples(
         positive,
         negative,
         batch.random_keys,
         _ROI_SALT,
-        num_positive_slots=num_positive_slots,
-        num_negative_slots=num_regions - num_positive_slots,
+        num_positive_slots=int(num_regions * config.roi.positive_fraction),
+        num_negative_slots=num_regions,
         num_samples=num_regions,
         positive_fraction=config.roi.positive_fraction if config.roi.fixed_ratio else None,
     )
-    sampled_gt_index = matched_gt_index.gather(1, samples.index)
-    is_positive = positive.gather(1, samples.index) & samples.valid
+    # Of P + R slots at most R hold a row; what is drawn moves to the front, positives still ahead of negatives.
+    order = torch.argsort(samples.valid.int(), dim=1, descending=True, stable=True)[:, :num_regions]
+    index, drawn = samples.index.gather(1, order), samples.valid.gather(1, order)
+    sampled_gt_index = matched_gt_index.gather(1, index)
+    is_positive = positive.gather(1, index) & drawn
     classes = torch.where(is_positive, batch.classes.gather(1, sampled_gt_index), 0)
     return RegionTargets(
-        boxes=boxes.gather(1, samples.index[..., None].expand(-1, -1, 4)),
-        valid=samples.valid,
+        boxes=boxes.gather(1, index[..., None].expand(-1, -1, 4)),
+        valid=drawn,
         classes=classes,
         matched_gt_index=sampled_gt_index,
         num_positive_slots=samples.num_positive_slots,

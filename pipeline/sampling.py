@@ -18,7 +18,8 @@ def row_repeats(
     """Mean number of times that each row stands in an epoch.
 
     Repeat factors of LVIS (Gupta, Dollar, Girshick 2019, section 4.2): a class in a share f of the images has the
-    factor max(1, sqrt(t / f)), a row the largest factor of its classes.
+    factor max(1, sqrt(t / f)), a row the largest factor of its classes. Images without objects count among the images
+    by the share of them that is kept, so that f is a share of what the model sees.
 
     Args:
         row_classes: classes of the objects of each row, with or without repetitions; crowds do not count.
@@ -32,8 +33,9 @@ def row_repeats(
     for classes in row_classes:
         for class_id in set(classes):
             images_of_class[class_id] = images_of_class.get(class_id, 0) + 1
+    num_images = sum(1.0 if classes else empty_images_fraction for classes in row_classes)
     factors = {
-        class_id: max(1.0, math.sqrt(repeat_threshold * len(row_classes) / images))
+        class_id: max(1.0, math.sqrt(repeat_threshold * num_images / images))
         for class_id, images in images_of_class.items()
     }
     repeats = [max((factors[c] for c in set(classes)), default=empty_images_fraction) for classes in row_classes]
@@ -52,8 +54,8 @@ def _extra_places(repeats: Float64Array) -> int:
 def repeat_counts(repeats: Float64Array, rng: np.random.Generator) -> Int64Array:
     """How often each row stands in one epoch: its repeats, rounded up or down by chance so that the sum is the same.
 
-    Systematic sampling: the fractions are laid end to end in a drawn order and stretched to a whole number; marks stand
-    one apart from a drawn start on, and a row gets those that fall on it.
+    Systematic sampling: the chances of being rounded up are laid end to end in a drawn order; marks stand one apart
+    from a drawn start on, and a row gets the one that falls on it, if any.
 
     Args:
         repeats: (num_rows,) from `row_repeats`.
@@ -62,8 +64,20 @@ def repeat_counts(repeats: Float64Array, rng: np.random.Generator) -> Int64Array
     counts = np.floor(repeats).astype(np.int64)
     places = _extra_places(repeats)
     if places:
-        order = rng.permutation(len(repeats))
-        ends = np.cumsum(repeats[order] % 1)
-        marks = (np.arange(places) + rng.random()) * (ends[-1] / places)
-        np.add.at(counts, order[np.searchsorted(ends, marks, side="right")], 1)
+        order = rng.permutation(np.flatnonzero(repeats % 1))
+        ends = np.cumsum(_chances(repeats[order] % 1, places))
+        ends[-1] = places  # what its sum is but for rounding
+        marks = np.arange(places) + rng.random()
+        counts[order[np.searchsorted(ends, marks, side="right")]] += 1
     return counts
+
+
+def _chances(fractions: Float64Array, places: int) -> Float64Array:
+    """The fractions, above 0 and below 1, brought to a whole sum, none above 1.
+
+    A sum above `places` is shrunk; of one below it the way that is left to 1 is shrunk.
+    """
+    total = fractions.sum()
+    if total >= places:
+        return fractions * (places / total)
+    return 1 - (1 - fractions) * ((len(fractions) - places) / (len(fractions) - total))

@@ -44,9 +44,15 @@ def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
     return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
 
 
-def gradient_scaler(dtype: torch.dtype | None, device_type: str) -> torch.amp.GradScaler:
-    """Scale of the loss that keeps small gradients from vanishing in fp16; without effect for other types."""
-    return torch.amp.GradScaler(device_type, enabled=dtype is torch.float16)
+def gradient_scaler(dtype: torch.dtype | None, device_type: str, compression: str = "none") -> torch.amp.GradScaler:
+    """Scale of the loss that keeps small gradients from vanishing in fp16; without effect where there is no fp16.
+
+    Args:
+        dtype: of the forward pass, see `autocast_dtype`.
+        device_type: "cpu" or "cuda".
+        compression: see `compress_gradients`; what is sent in fp16 can vanish or overflow on the way just as well.
+    """
+    return torch.amp.GradScaler(device_type, enabled=dtype is torch.float16 or compression == "fp16")
 
 
 def compress_gradients(model: nn.Module, compression: str) -> None:

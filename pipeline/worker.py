@@ -131,7 +131,8 @@ class Worker:
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
         self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
-        self.scaler = gradient_scaler(self.dtype, self.device.type)
+        compression = self.config.train.gradient_compression
+        self.scaler = gradient_scaler(self.dtype, self.device.type, compression)
         torch.manual_seed(self.config.train.seed)  # initial weights; all later draws are functions of the plan
         self.model = MaskRCNN(self.config.model, self.shards.manifest.num_classes)
         if self.config.train.synchronise_norms:

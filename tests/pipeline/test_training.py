@@ -57,16 +57,17 @@ def test_weights_of_losses_enter_the_sum_alone() -> None:
 
 
 class _Quadratic(nn.Module):
-    """A stand-in whose gradient is known: the loss is 3 a + 4 b."""
+    """A stand-in whose gradient is known: the loss is 3 a + 4 b, or a share of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, 2))
+        self.slopes = torch.tensor([[3.0, 4.0]]) * share
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         del batch
         zero = 0.0 * self.weight.sum()
-        first = (self.weight * torch.tensor([[3.0, 4.0]])).sum()
+        first = (self.weight * self.slopes).sum()
         return {name: first if name == "rpn_class_loss" else zero for name in LOSS_NAMES}
 
 
@@ -169,6 +170,31 @@ def test_a_number_that_is_not_finite_names_itself() -> None:
         check_finite(values, step=7)
 
 
+def _faint_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    config = small_config(
+        optim={"name": "sgd", "learning_rate": 1.0, "gradient_clip_norm": None, "warmup_steps": 0},
+        train={"gradient_compression": "fp16"},
+    )
+    model = _Quadratic(share=1e-9)
+    parallel = nn.parallel.DistributedDataParallel(model, **data_parallel_options(1))
+    compress_gradients(parallel, config.train.gradient_compression)
+    scaler = gradient_scaler(None, "cpu", config.train.gradient_compression)
+    optimizer = build_optimizer(model, config.optim)
+    train_step(parallel, [small_batch(1)], optimizer, config, 0, TOTAL_STEPS, None, scaler)
+    torch.save(model.weight.detach(), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_fp16_cannot_hold_arrives_nevertheless(tmp_path: Path) -> None:
+    """A gradient of 1e-9 is zero in fp16, whose smallest number is 6e-8; scaled by 2^16 it comes through."""
+    spawn(_faint_worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in range(2):
+        weight = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(weight, torch.tensor([[-3e-9, -4e-9]]), rtol=1e-2, atol=0)
+
+
 def _compressing_worker(rank: int, compression: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -238,6 +264,22 @@ def test_state_of_the_loss_scale_goes_through_json() -> None:
     again.load_state_dict(json.loads(json.dumps(scaler.state_dict())))
     assert again.state_dict() == scaler.state_dict()
     assert gradient_scaler(torch.bfloat16, "cpu").state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compression", "scales"),
+    [
+        (torch.float16, "none", True),
+        (torch.bfloat16, "fp16", True),  # its smallest gradients would vanish on their way to the other workers
+        (None, "fp16", True),
+        (None, "bf16", False),
+        (torch.bfloat16, "none", False),
+    ],
+)
+def test_the_loss_is_scaled_wherever_a_gradient_is_fp16(
+    dtype: torch.dtype | None, compression: str, scales: bool
+) -> None:
+    assert gradient_scaler(dtype, "cpu", compression).is_enabled() is scales
 
 
 def test_precision_by_name() -> None:
