@@ -30,7 +30,7 @@ train: setup  ## prepare, train and evaluate on the shapes data set (CPU, minute
 test: setup  ## all tests, on a CPU; ARGS='tests/model -k anchors'
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-faults: setup  ## trainings that are killed, frozen, starved, 45 minutes; ARGS='-k frozen', CHAOS_KILLS=20
+test-faults: setup  ## trainings that are killed, frozen, starved, 50 minutes; ARGS='-k frozen', CHAOS_KILLS=20
 	@$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
 
 test-sweeps: setup  ## whole sweeps, one of them killed and begun again, minutes
