@@ -22,9 +22,10 @@ from pipeline.mlflow_runs import default_uri
 
 PRECISIONS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 MEAN_STEPS = 10  # losses of so many steps are averaged
-WIDTH = 800  # pixels of the pictures
-PICTURE_HEIGHT = 810  # of the predictions, from the top
+WIDTH = 800  # pixels of the curves
+COLUMNS, COLUMN_WIDTH, GAP = 2, 600, 12  # of the predictions
 JPEG_QUALITY = 85
+WHITE = 255
 
 
 def series(client: Any, run_id: str, name: str) -> tuple[list[int], list[float]]:
@@ -57,16 +58,32 @@ def draw_curves(client: Any, run_id: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def shrink_predictions(client: Any, run_id: str, path: Path) -> None:
-    """The upper part of the picture of the last evaluation."""
+def lines_of(sheet: Image.Image) -> list[Image.Image]:
+    """The lines of a sheet, annotations beside predictions each, which white ones part; the title is left out."""
+    is_blank = (np.asarray(sheet) == WHITE).all(axis=(1, 2))
+    borders = np.flatnonzero(np.diff(np.concatenate([[True], is_blank, [True]]).astype(np.int8)))
+    blocks = [(int(top), int(bottom)) for top, bottom in borders.reshape(-1, 2)]
+    return [sheet.crop((0, top, sheet.width, bottom)) for top, bottom in blocks[1:]]
+
+
+def arrange_predictions(client: Any, run_id: str, path: Path) -> None:
+    """The picture of the last evaluation in two columns."""
     names = sorted(file.path for file in client.list_artifacts(run_id, "pictures"))
     if not names:
         raise SystemExit(f"run {run_id} has no pictures")
     with Image.open(client.download_artifacts(run_id, names[-1])) as picture:
-        height = round(picture.height * WIDTH / picture.width)
-        small = picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
-    upper = small.crop((0, 0, WIDTH, min(height, PICTURE_HEIGHT)))
-    upper.save(path, quality=JPEG_QUALITY, optimize=True)
+        lines = lines_of(picture.convert("RGB"))
+    scale = COLUMN_WIDTH / lines[0].width
+    lines = [line.resize((COLUMN_WIDTH, round(line.height * scale)), Image.Resampling.LANCZOS) for line in lines]
+    columns = [lines[column::COLUMNS] for column in range(COLUMNS)]
+    height = max(sum(line.height + GAP for line in column) for column in columns) - GAP
+    whole = Image.new("RGB", (COLUMNS * (COLUMN_WIDTH + GAP) - GAP, height), (WHITE,) * 3)
+    for number, column in enumerate(columns):
+        top = 0
+        for line in column:
+            whole.paste(line, (number * (COLUMN_WIDTH + GAP), top))
+            top += line.height + GAP
+    whole.save(path, quality=JPEG_QUALITY, optimize=True)
 
 
 def main() -> None:
@@ -83,7 +100,7 @@ def main() -> None:
     client = MlflowClient(options.mlflow_uri or default_uri(str(options.run.resolve().parent)))
     options.out.mkdir(parents=True, exist_ok=True)
     draw_curves(client, run_id, options.out / f"{options.name}_curves.png")
-    shrink_predictions(client, run_id, options.out / f"{options.name}_predictions.jpg")
+    arrange_predictions(client, run_id, options.out / f"{options.name}_predictions.jpg")
 
 
 if __name__ == "__main__":

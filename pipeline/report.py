@@ -32,7 +32,7 @@ def draw_objects(
     labels: Sequence[str],
     colours: Sequence[int],
 ) -> Image.Image:
-    """An image with masks laid over it, outlined boxes and labels; small images are enlarged, large ones reduced.
+    """An image with masks laid over it, their outlines and boxes, and labels; small images are enlarged, large reduced.
 
     Args:
         image: (H, W, 3) RGB.
@@ -41,13 +41,12 @@ def draw_objects(
         labels: N texts.
         colours: N numbers; equal ones get the same colour.
     """
-    shown = image.copy()
-    for mask, colour in zip(masks, colours, strict=True):
-        shown[mask] = (shown[mask].astype(np.uint16) + np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.uint16)) // 2
     height, width = image.shape[:2]
     factor = max(1, min(-(-MIN_PICTURE_SIDE // min(height, width)), MAX_PICTURE_SIDE // max(height, width)))
+    shown = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    for mask, colour in zip(masks, colours, strict=True):
+        _lay_over(shown, mask, factor, np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.uint16))
     picture = Image.fromarray(shown)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     for box, label, colour in zip(boxes, labels, colours, strict=True):
         x0, y0, x1, y1 = (float(number) * factor for number in box)
@@ -59,6 +58,20 @@ def draw_objects(
             draw.text((x0 + 1, y0), label, fill=paint)
     picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return picture
+
+
+def _lay_over(shown: UInt8Array, mask: npt.NDArray[np.bool_], factor: int, paint: npt.NDArray[np.uint16]) -> None:
+    """Tint what a mask covers and draw its outline, a pixel wide; the picture is `factor` times as large."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return
+    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    inside = mask[part].repeat(factor, axis=0).repeat(factor, axis=1)
+    padded = np.pad(inside, 1)
+    whole = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    area = shown[rows[0] * factor : (rows[-1] + 1) * factor, columns[0] * factor : (columns[-1] + 1) * factor]
+    area[inside] = (area[inside] + paint) // 2
+    area[inside & ~whole] = paint
 
 
 def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_names: Sequence[str]) -> bytes:

@@ -69,10 +69,35 @@ def test_mask_and_box_by_hand() -> None:
     drawn = np.asarray(draw_objects(image, masks, boxes, [""], [1]))
     colour = np.array(_COLOURS[1])
     expected = image.copy()
-    expected[120:130, 120:130] = (100 + colour) // 2
+    expected[120:130, 120:130] = colour  # its outline
+    expected[121:129, 121:129] = (100 + colour) // 2
     expected[110, 100:200] = expected[209, 100:200] = colour  # right and bottom are exclusive
     expected[110:210, 100] = expected[110:210, 199] = colour
     np.testing.assert_array_equal(drawn, expected)
+
+
+def test_the_outline_of_an_enlarged_mask_is_a_pixel_wide() -> None:
+    """A ring: its hole has an outline, too, and what is in the hole stays."""
+    image = np.full((100, 100, 3), 100, dtype=np.uint8)
+    masks = np.zeros((1, 100, 100), dtype=bool)
+    masks[0, 20:50, 30:60] = True
+    masks[0, 30:40, 40:50] = False
+    outside = np.full((1, 4), 400, dtype=np.float32)
+    drawn = np.asarray(draw_objects(image, masks, outside, [""], [2]))
+    colour = np.array(_COLOURS[2])
+    expected = image.repeat(3, axis=0).repeat(3, axis=1)
+    expected[60:150, 90:180] = colour
+    expected[61:149, 91:179] = (100 + colour) // 2
+    expected[90:120, 119] = expected[90:120, 150] = expected[89, 120:150] = expected[120, 120:150] = colour
+    expected[90:120, 120:150] = 100
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_an_empty_mask_draws_nothing() -> None:
+    image = noise(300, 300)
+    masks = np.zeros((1, 300, 300), dtype=bool)
+    outside = np.full((1, 4), 400, dtype=np.float32)
+    np.testing.assert_array_equal(np.asarray(draw_objects(image, masks, outside, [""], [0])), image)
 
 
 def test_colours_repeat_beyond_the_last() -> None:
