@@ -65,7 +65,7 @@ submit: setup  ## the demo as a Ray job: start a head node on the loopback, subm
 
 ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000
 	@mkdir -p $(RUNS)
-	@$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+	@$(BIN)/mlflow ui --host 127.0.0.1 --workers 1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
 
 mlflow: setup  ## MLflow server for jobs of several machines to try: sqlite and files in runs/, http://127.0.0.1:5000
 	@mkdir -p $(RUNS)

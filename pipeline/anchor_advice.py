@@ -21,6 +21,8 @@ FloatArray = npt.NDArray[np.float64]
 STRIDES = (4, 8, 16, 32, 64)  # input pixels a cell of P2..P6
 LEVELS = ("P2", "P3", "P4", "P5", "P6")
 GOOD_IOU, POOR_IOU = 0.7, 0.5
+FEW = 0.9  # share of objects that anchors should reach at the lower of these
+DOUBLING = "best doubling scales"
 KMEANS_ROUNDS = 100
 SMALLEST_SCALES = tuple(4 * 2 ** (quarter / 4) for quarter in range(17))  # 4 to 64 on P2
 MAX_OBJECTS_TRIED = 20_000
@@ -176,7 +178,7 @@ def advise(objects: Objects, anchors: AnchorConfig) -> dict[str, Any]:
         settings += [
             ("k-means scales", scales, list(anchors.ratios)),
             ("k-means scales and ratios", scales, ratios),
-            ("best doubling scales", doubling, list(anchors.ratios)),
+            (DOUBLING, doubling, list(anchors.ratios)),
             ("best doubling scales, k-means ratios", doubling, ratios),
         ]
     found = [
@@ -185,6 +187,26 @@ def advise(objects: Objects, anchors: AnchorConfig) -> dict[str, Any]:
     ]
     candidates = sorted(found[1:], key=lambda entry: (-entry["recall_70"], -entry["recall_50"], entry["name"]))
     return {"anchor_stride": anchors.anchor_stride, "configured": found[0], "candidates": candidates}
+
+
+def anchors_in_words(advice: dict[str, Any]) -> str:
+    """A line for a person: what the configured anchors reach, and where that is little, what would reach more.
+
+    Args:
+        advice: from `advise`.
+    """
+    configured = advice["configured"]
+    if configured["recall_50"] is None:
+        return "anchors: there are no objects to judge them by"
+    reached = f"{configured['recall_50']:.1%} of the objects by {POOR_IOU}, {configured['recall_70']:.1%} by {GOOD_IOU}"
+    text = f"anchors: model.anchors.scales {configured['scales']} overlap {reached}"
+    if configured["recall_50"] >= FEW:
+        return text
+    # Not the k-means scales: they often lose in a training, whatever they reach here.
+    better = next(entry for entry in advice["candidates"] if entry["name"] == DOUBLING)
+    if better["recall_50"] <= configured["recall_50"]:
+        return f"{text}; few: larger data.canvases would help, if the objects are small on them"
+    return f"{text}; few: {better['scales']} would reach {better['recall_50']:.1%} by {POOR_IOU}"
 
 
 def search_space(advice: dict[str, Any]) -> str:

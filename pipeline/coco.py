@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from pipeline import storage
@@ -16,6 +17,8 @@ from pipeline.config import CocoSource
 from pipeline.errors import UserError
 
 Json = dict[str, Any]
+
+MAX_FILES_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,19 @@ class ImageRecord:
         return ImageRecord(annotations=annotations, **record)
 
 
+def _where_to_look(root: str) -> str:
+    """What to do about a missing annotation file, by what there is."""
+    folder = Path(storage.absolute(root))
+    if storage.is_url(root):
+        return "set data.root or data.sources"
+    if not folder.is_dir():
+        return f"there is no folder {folder}; set data.root"
+    there = sorted(str(path.relative_to(folder)) for pattern in ("*.json", "*/*.json") for path in folder.glob(pattern))
+    more = f" and {len(there) - MAX_FILES_TOLD} more" if len(there) > MAX_FILES_TOLD else ""
+    found = f"; in {folder} there is {', '.join(there[:MAX_FILES_TOLD])}{more}" if there else ""
+    return f"set data.root or data.sources{found}"
+
+
 def read_coco_file(source: CocoSource, root: str) -> CocoFile:
     """Read one annotation file.
 
@@ -102,7 +118,7 @@ def read_coco_file(source: CocoSource, root: str) -> CocoFile:
     try:
         content = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file; set data.root or data.sources") from None
+        raise UserError(f"{path}: no such annotation file; {_where_to_look(root)}") from None
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error}); export it again as COCO instances JSON") from error
     except OSError as error:

@@ -46,6 +46,7 @@ OTHER_NAMES = {
 NO_KEY = {
     "annotations": "the annotation files stand in data.sources",
     "images": "the folders of images stand in data.sources",
+    "classes": "the classes are those of the annotation files",
     "num_classes": "the classes are those of the annotation files",
     "resume": "the same command goes on by itself",
 }
@@ -272,15 +273,53 @@ def explain(message: str, config_type: type[BaseModel] = ExperimentConfig) -> st
         findings = re.findall(
             r"(?:\n *(\d+[\w.]*)\n)?\s*((?:Input|Value|Tuple|Field|Extra|String)\b.*?)(?: \[type=| For further|$)", rest
         )
+        findings = [(place, _plain_finding(text, _field_of(key, config_type))) for place, text in findings]
         inputs = [f"{place}: {text}" if place else text for place, text in findings]
         if len(inputs) > 1:  # pydantic also finds a list of bad items too short
             inputs = [text for text in inputs if not text.startswith("Tuple should have at least")]
+        inputs = inputs[:1] if all("should be a list" in text for text in inputs) else inputs  # each entry says it
         value = re.search(r"G(?:ot|iven) value: (.*?)(?:\n +- |$)", rest, flags=re.DOTALL)
         expected = "; ".join(dict.fromkeys(inputs)) or _one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
+        expected = expected.replace("a <class 'tuple'>", "a list")
         return f"{key}: {expected.rstrip('. ')}{_range_of(key, config_type)}" + (
             f", got {_one_line(value[1])}" if value else ""
         )
     return _one_line(message)
+
+
+def _field_of(key: str, config_type: type[BaseModel]) -> Any:
+    """Declaration of a key, None where there is no such key."""
+    model, field = config_type, None
+    for part in key.split("."):
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            return None
+        field = fields[part]
+        model = _models_within(field.annotation)[0] if _models_within(field.annotation) else BaseModel
+    return field
+
+
+def _models_within(annotation: Any) -> list[type[BaseModel]]:
+    """Sections in a type, however deep, such as that of the entries of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_within(part)]
+
+
+def _plain_finding(text: str, field: Any) -> str:
+    """Pydantic's words in ours.
+
+    Args:
+        text: a finding.
+        field: declaration of the key that it is about, if that is known.
+    """
+    models = _models_within(field.annotation) if field is not None else []
+    if text.startswith("Extra inputs") and models:
+        return f"no such key; an entry has {', '.join(models[0].model_fields)}"
+    if text.startswith("Input should be a valid tuple"):
+        is_given = field is not None and isinstance(field.default, tuple) and field.default
+        return f"should be a list, as in {json.dumps(field.default)}" if is_given and not models else "should be a list"
+    return text
 
 
 def _names_key(message: str) -> bool:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import posixpath
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline import preflight, storage
-from pipeline.anchor_advice import Objects
+from pipeline.anchor_advice import Objects, anchors_in_words
 from pipeline.coco import ClassMap, CocoFile, ImageRecord, classes_of_source, read_coco_file, unite_classes
 from pipeline.config import ExperimentConfig
 from pipeline.contact_sheet import make_tiles
@@ -194,7 +195,9 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
             findings.append(read_findings(split.folder))
     written = not (checked.training.is_there and checked.validation.is_there)
     if len(findings) == 2 and (written or not has_report(checked.folder, config.model.anchors)):
-        write_report(checked.folder, findings, config.model.anchors)
+        report = write_report(checked.folder, findings, config.model.anchors)
+        say(f"data: {anchors_in_words(report['anchors'])}")
+        say(f"data: what is in them stands in {storage.join(checked.folder, preflight.PAGE)}")
     return PreparedData(checked.training.folder, checked.validation.folder)
 
 
@@ -343,10 +346,16 @@ def _write_split(
     found = _findings(config, checked, split, written.records, problems, quarantined, None, objects)
     write_findings(split.folder, found)
     if problems:
-        say(f"data: {split.name} problems: {_in_words(count_kinds(problems))}")
+        say(f"data: {split.name} problems: {_in_words(_count_policies(problems))}")
     if quarantined:
         say(f"data: {split.name} quarantine: {_in_words(count_kinds(quarantined))}")
     return written.manifest
+
+
+def _count_policies(problems: Sequence[Problem]) -> dict[str, int]:
+    """How many of each kind, with what was done about them."""
+    done = {"keep": "kept", "fix": "fixed", "drop": "left out", "error": "refused"}
+    return dict(sorted(Counter(f"{problem.kind} ({done[problem.policy]})" for problem in problems).items()))
 
 
 def _in_words(counts: dict[str, int]) -> str:

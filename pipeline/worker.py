@@ -220,8 +220,9 @@ class Worker:
     def train(self) -> None:
         """Step through the rest of the plan."""
         if self.step >= self.last_step or self.stopped:
-            if not self.metrics:
+            if not self.metrics:  # it was saved between evaluations, and the training shortened to end here
                 self._evaluate()
+                self._checkpoint(evaluated=True)
             return
         import ray.train.torch
 

@@ -141,6 +141,31 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Outcome, config: str, 
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_shortened_to_a_checkpoint_that_was_not_evaluated(config: str, folder: Path) -> None:
+    """No step is left, but an evaluation, which stands in the checkpoint afterwards and counts for the best."""
+    run_folder = folder / "runs" / "shortened"
+    arguments = ("--config", config, "--run.name", "shortened", "--train.evaluate_every_epochs", "3")
+    arguments += ("--checkpoints.every_steps", "2")
+
+    def a_late_checkpoint_is_there() -> bool:
+        return (run_folder / "checkpoint-0000008").exists()
+
+    run_until_then_kill("train", *arguments, until=a_late_checkpoint_is_there)
+    newest = max(run_folder.glob("checkpoint-*"))
+    description, weights = read_description(str(newest)), load_file(newest / "model.safetensors")
+    assert description.metrics == {}
+    shortened = run_job("train", *arguments, "--train.max_steps", str(description.step))
+    assert shortened.exit_code == 0, shortened.errors
+    assert shortened.last_line["steps"] == description.step
+    assert shortened.last_line["checkpoint"] == str(newest)
+    metrics = read_description(str(newest)).metrics
+    for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50"):
+        assert shortened.last_line[name] == pytest.approx(metrics[name], abs=5e-5)
+    again = load_file(newest / "model.safetensors")
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, again[name]), name
+
+
 def test_the_best_checkpoint_evaluates_to_what_training_saw(trained: Outcome, config: str, folder: Path) -> None:
     best = best_checkpoint_of_run(str(folder / "runs" / "small"))
     assert best == trained.last_line["checkpoint"]

@@ -8,7 +8,17 @@ import yaml
 from model.anchors import pyramid_anchors
 from model.boxes import pairwise_iou
 from model.config import AnchorConfig
-from pipeline.anchor_advice import Objects, advise, best_doubling, best_ious, kmeans, recalls, search_space, suggest
+from pipeline.anchor_advice import (
+    Objects,
+    advise,
+    anchors_in_words,
+    best_doubling,
+    best_ious,
+    kmeans,
+    recalls,
+    search_space,
+    suggest,
+)
 from pipeline.coco import read_coco_file, unite_classes
 from pipeline.command_line import known_keys
 from pipeline.config import CocoSource, ExperimentConfig, PolicySettings
@@ -152,3 +162,28 @@ def test_search_space_has_keys_of_the_configuration_and_values_that_it_takes() -
         for ratios in space["model.anchors.ratios"]["choice"]:
             ExperimentConfig.model_validate({"model": {"anchors": {"scales": scales, "ratios": ratios}}})
     assert len(space["model.anchors.scales"]["choice"]) == 3
+
+
+def test_anchors_that_reach_few_objects_are_told_with_better_ones() -> None:
+    """Objects of 16 pixels: anchors of 32 and more overlap them by a quarter at most."""
+    boxes = np.tile([24.0, 24.0, 40.0, 40.0], (10, 1))
+    objects = Objects(boxes, np.full((10, 2), 128))
+    fitting = AnchorConfig(scales=(16, 32, 64, 128, 256))
+    assert anchors_in_words(advise(objects, fitting)) == (
+        "anchors: model.anchors.scales [16.0, 32.0, 64.0, 128.0, 256.0] overlap 100.0% of the objects by 0.5, "
+        "100.0% by 0.7"
+    )
+    text = anchors_in_words(advise(objects, AnchorConfig()))
+    assert "overlap 0.0% of the objects by 0.5, 0.0% by 0.7; few: [" in text
+    assert text.endswith("] would reach 100.0% by 0.5")
+
+
+def test_objects_too_small_for_any_anchor_want_a_larger_canvas() -> None:
+    boxes = np.tile([25.0, 25.0, 26.0, 26.0], (10, 1))  # a pixel, between the centres of anchors
+    objects = Objects(boxes, np.full((10, 2), 128))
+    assert "larger data.canvases would help" in anchors_in_words(advise(objects, AnchorConfig()))
+
+
+def test_without_objects_nothing_is_said_of_anchors() -> None:
+    nothing = Objects(np.zeros((0, 4)), np.zeros((0, 2), dtype=np.int64))
+    assert anchors_in_words(advise(nothing, AnchorConfig())) == "anchors: there are no objects to judge them by"

@@ -54,6 +54,17 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         read_coco_file(CocoSource(annotations="nowhere.json"), str(tmp_path))
 
 
+def test_what_may_be_meant_by_a_missing_file_is_told(tmp_path: Path) -> None:
+    missing = tmp_path / "fotos"
+    with pytest.raises(UserError, match=rf"; there is no folder {missing}; set data\.root$"):
+        read_coco_file(CocoSource(annotations="a.json"), str(missing))
+    (tmp_path / "annotations").mkdir()
+    for name in ("instances_default.json", "b.json", "c.json", "d.json"):
+        (tmp_path / "annotations" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"annotations/b\.json, annotations/c\.json, annotations/d\.json and 1 more$"):
+        read_coco_file(CocoSource(annotations="a.json"), str(tmp_path))
+
+
 def test_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=r"folder\.json: cannot be read"):

@@ -125,6 +125,24 @@ def test_key_that_nobody_needs() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("sources", "[{annotations: a.json, image: b}]",
+         "data.sources: 0.image: no such key; an entry has annotations, images, "
+         "got [{'annotations': 'a.json', 'image': 'b'}]"),
+        ("sources", "{annotations: a.json, images: b}", "data.sources: should be a list, got {'annotations': 'a.json', "
+         "'images': 'b'}"),
+        ("canvases", "[192, 256]",
+         "data.canvases: 0: should be a list, as in [[800, 1344], [1344, 800], [1088, 1088]], got [192, 256]"),
+        ("canvases", "5", "data.canvases: should be a list, as in [[800, 1344], [1344, 800], [1088, 1088]], got 5"),
+    ],
+)  # fmt: skip
+def test_lists_are_told_in_plain_words(tmp_path: Path, key: str, value: str, expected: str) -> None:
+    for given in (["--config", yaml_file(tmp_path, f"data: {{{key}: {value}}}")], [f"--data.{key}", value]):
+        assert error_of(given) == expected
+
+
 def test_other_names_lead_to_keys() -> None:
     assert set(OTHER_NAMES.values()) <= {key.split(".")[-1] for key in known_keys()}
 

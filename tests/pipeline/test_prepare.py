@@ -40,11 +40,15 @@ def test_all_rows_of_all_sources_are_there(prepared: Prepared) -> None:
         assert sum(len(row["classes"]) for row in rows) == number
     assert validation.manifest.class_names == training.manifest.class_names == ("cat", "dog", "bird")
     assert validation.manifest.sources[0].category_ids == (9, 4, 5)
-    assert prepared.said == [
-        "data: training problems: 5 crowd, 3 image_without_annotations",
+    assert prepared.said[:4] == [
+        "data: training problems: 5 crowd (kept), 3 image_without_annotations (kept)",
         f"data: wrote training shards: 21 images to {prepared.data.training}",
-        "data: validation problems: 3 crowd, 1 image_without_annotations",
+        "data: validation problems: 3 crowd (kept), 1 image_without_annotations (kept)",
         f"data: wrote validation shards: 7 images to {prepared.data.validation}",
+    ]
+    assert prepared.said[4].startswith("data: anchors: model.anchors.scales [")
+    assert prepared.said[5:] == [
+        f"data: what is in them stands in {Path(prepared.data.training).parent / 'report.html'}"
     ]
     storage_path = Path(prepared.config.run.storage_path)
     assert Path(prepared.data.training).parent.parent == storage_path / "shards"
@@ -93,7 +97,7 @@ def test_only_the_split_that_changed_is_written_again(local_ray: None, tmp_path:
     edit(tmp_path / "birds.json", lambda content: content["annotations"].pop())
     said: list[str] = []
     prepare(config, said.append)
-    told = [line.split(":")[1] for line in said if "problems" not in line]
+    told = [line.split(":")[1] for line in said if "shards" in line.split(":")[1]]
     assert told == [" wrote training shards", " validation shards are there"]
 
 
