@@ -19,7 +19,7 @@ from pipeline.record_checks import leaves_folder
 from pipeline.report import draw_objects
 
 NUM_TILES = 24
-TILE_SIDE = 360  # pixels
+TILE_SIDE = 400  # pixels
 _RANK = {"error": 0, "drop": 1, "fix": 2, "keep": 3}
 
 
@@ -85,7 +85,7 @@ def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_name
         f"{class_names[a.class_id - 1]} {a.annotation_id}" if a.annotation_id in noted else ""
         for a in record.annotations
     ]
-    return _encoded(draw_objects(image, masks, boxes, labels, list(range(len(labels)))))
+    return _encoded(draw_objects(image, masks, boxes, labels, list(range(len(labels))), TILE_SIDE))
 
 
 def _corners(annotation: Annotation) -> tuple[float, float, float, float]:

@@ -18,7 +18,7 @@ from pipeline.report import draw_objects
 from pipeline.shards import ShardSet
 
 NUM_PICTURES = 24
-PICTURE_SIDE = 420  # pixels
+PICTURE_SIDE = 570  # pixels
 _RED, _GREEN, _YELLOW = 0, 2, 3  # places in the palette of `pipeline.report`
 
 
@@ -81,8 +81,7 @@ def _picture(
     for mask, entry in zip(masks, objects, strict=True):
         mask[:] = coco_mask.decode(entry["segmentation"])
     boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in objects)], dtype=np.float32)
-    picture = draw_objects(image, masks, boxes.reshape(-1, 4), labels, colours)
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    picture = draw_objects(image, masks, boxes.reshape(-1, 4), labels, colours, PICTURE_SIDE)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

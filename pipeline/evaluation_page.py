@@ -32,7 +32,7 @@ th { font-weight: 600; border-bottom: 1px solid #b8c1cd; position: sticky; top: 
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { max-height: 34em; overflow: auto; }
 .figure { max-width: 100%; } .green { color: #2c8a46; } .red { color: #c5352c; } .yellow { color: #a87400; }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 14px; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(900px, 100%), 1fr)); gap: 14px; }
 figure { margin: 0; background: #f1f4f7; padding: 6px; }
 figure div { display: flex; gap: 6px; } figure img { width: calc(50% - 3px); object-fit: contain; align-self: start; }
 figcaption { font-size: 12px; overflow-wrap: anywhere; margin-top: 4px; }

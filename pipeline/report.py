@@ -31,8 +31,11 @@ def draw_objects(
     boxes: npt.NDArray[np.float32],
     labels: Sequence[str],
     colours: Sequence[int],
+    largest_side: int = MAX_PICTURE_SIDE,
 ) -> Image.Image:
     """An image with masks laid over it, their outlines and boxes, and labels; small images are enlarged, large reduced.
+
+    Lines and letters are drawn at the size that is shown, so that they can be seen however large the image is.
 
     Args:
         image: (H, W, 3) RGB.
@@ -40,38 +43,42 @@ def draw_objects(
         boxes: (N, 4) xyxy in pixels of the image.
         labels: N texts.
         colours: N numbers; equal ones get the same colour.
+        largest_side: pixels that the picture has at most.
     """
     height, width = image.shape[:2]
-    factor = max(1, min(-(-MIN_PICTURE_SIDE // min(height, width)), MAX_PICTURE_SIDE // max(height, width)))
-    shown = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    factor = max(1, min(-(-MIN_PICTURE_SIDE // min(height, width)), largest_side // max(height, width)))
+    picture = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((largest_side, largest_side))
+    shown = np.array(picture)
     for mask, colour in zip(masks, colours, strict=True):
-        _lay_over(shown, mask, factor, np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.uint16))
+        _lay_over(shown, mask, np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.uint16))
     picture = Image.fromarray(shown)
+    scale = (shown.shape[1] / width, shown.shape[0] / height) * 2
     draw = ImageDraw.Draw(picture)
     for box, label, colour in zip(boxes, labels, colours, strict=True):
-        x0, y0, x1, y1 = (float(number) * factor for number in box)
+        x0, y0, x1, y1 = (float(number) * along for number, along in zip(box, scale, strict=True))
         paint = _COLOURS[colour % len(_COLOURS)]
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=paint)
         if label:
             place = draw.textbbox((x0 + 1, y0), label)
             draw.rectangle(place, fill=(0, 0, 0))
             draw.text((x0 + 1, y0), label, fill=paint)
-    picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return picture
 
 
-def _lay_over(shown: UInt8Array, mask: npt.NDArray[np.bool_], factor: int, paint: npt.NDArray[np.uint16]) -> None:
-    """Tint what a mask covers and draw its outline, a pixel wide; the picture is `factor` times as large."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+def _lay_over(shown: UInt8Array, mask: npt.NDArray[np.bool_], paint: npt.NDArray[np.uint16]) -> None:
+    """Tint what a mask covers and draw its outline, a pixel wide, in a picture that may be larger or smaller."""
+    size = shown.shape[1], shown.shape[0]
+    covered = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
     if not len(rows):
         return
     part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    inside = mask[part].repeat(factor, axis=0).repeat(factor, axis=1)
+    inside, area = covered[part], shown[part]
     padded = np.pad(inside, 1)
-    whole = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    area = shown[rows[0] * factor : (rows[-1] + 1) * factor, columns[0] * factor : (columns[-1] + 1) * factor]
+    surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     area[inside] = (area[inside] + paint) // 2
-    area[inside & ~whole] = paint
+    area[inside & ~surrounded] = paint
 
 
 def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_names: Sequence[str]) -> bytes:

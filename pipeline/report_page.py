@@ -25,7 +25,7 @@ th { font-weight: 600; border-bottom: 1px solid #b8c1cd; } td.n, th.n { text-ali
 .error { background: #b3261e; } .drop { background: #b26a00; } .fix { background: #2c7a3f; }
 .stopped { border: 2px solid #b3261e; padding: .6em 1em; }
 details { margin: .2em 0; } summary { cursor: pointer; } code { overflow-wrap: anywhere; }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 14px; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px; }
 figure { margin: 0; background: #f1f4f7; padding: 6px; } figure img { max-width: 100%; display: block; margin: auto; }
 figcaption { font-size: 12px; overflow-wrap: anywhere; margin-top: 4px; } figcaption .note { color: #8c1d18; }
 .none { padding: 3em 1em; text-align: center; color: #6b7785; }

@@ -77,7 +77,11 @@ def _chances(fractions: Float64Array, places: int) -> Float64Array:
 
     A sum above `places` is shrunk; of one below it the way that is left to 1 is shrunk.
     """
-    total = fractions.sum()
+    total = float(fractions.sum())
     if total >= places:
-        return fractions * (places / total)
-    return 1 - (1 - fractions) * ((len(fractions) - places) / (len(fractions) - total))
+        factor = places / total
+        chances: Float64Array = fractions * factor
+    else:
+        factor = (len(fractions) - places) / (len(fractions) - total)
+        chances = 1 - (1 - fractions) * factor
+    return chances

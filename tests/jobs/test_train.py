@@ -144,8 +144,8 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Outcome, config: str, 
 def test_shortened_to_a_checkpoint_that_was_not_evaluated(config: str, folder: Path) -> None:
     """No step is left, but an evaluation, which stands in the checkpoint afterwards and counts for the best."""
     run_folder = folder / "runs" / "shortened"
-    arguments = ("--config", config, "--run.name", "shortened", "--train.evaluate_every_epochs", "3")
-    arguments += ("--checkpoints.every_steps", "2")
+    changes = ("--train.evaluate_every_epochs", "3", "--checkpoints.every_steps", "2")
+    arguments = ("--config", config, "--run.name", "shortened", *changes)
 
     def a_late_checkpoint_is_there() -> bool:
         return (run_folder / "checkpoint-0000008").exists()

@@ -175,3 +175,19 @@ def test_a_long_thin_image_is_not_enlarged_beyond_bounds() -> None:
     drawn = draw_objects(noise(1, 20000), NO_MASKS, NO_BOXES, [], [])
     assert max(drawn.size) <= 1024
     assert draw_objects(noise(100, 500), NO_MASKS, NO_BOXES, [], []).size == (1000, 200)
+
+
+def test_lines_of_a_reduced_picture_are_a_pixel_wide() -> None:
+    """A mask and a box of a large image, which is shown at a quarter of its size."""
+    image = np.full((400, 800, 3), 100, dtype=np.uint8)
+    masks = np.zeros((1, 400, 800), dtype=bool)
+    masks[0, 100:200, 400:600] = True
+    boxes = np.array([[40, 80, 120, 160]], dtype=np.float32)
+    drawn = np.asarray(draw_objects(image, masks, boxes, [""], [1], largest_side=200))
+    colour = np.array(_COLOURS[1])
+    expected = np.full((100, 200, 3), 100)
+    expected[25:50, 100:150] = colour
+    expected[26:49, 101:149] = (100 + colour) // 2
+    expected[20:40, 10:30] = colour
+    expected[21:39, 11:29] = 100
+    np.testing.assert_array_equal(drawn, expected)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from pipeline.stream import (
     MAX_BLOCK_BYTES,
     MAX_STEPS_PER_BLOCK,
     LoadBlock,
+    PauseBetweenSteps,
     StreamPlan,
     planned_blocks,
     random_key,
@@ -532,6 +534,16 @@ def test_a_step_comes_in_as_many_batches_as_it_accumulates() -> None:
     cut_off = FromTables([tiny_rows([20, 21, 22, 23, 28, 29])])
     with pytest.raises(RuntimeError, match="the stream ended before step 3, not 4"):
         list(PlannedBatches(cut_off, active, 2, 4, 1, 2, 2, accumulation_steps=2))
+
+
+def test_the_loop_rests_longer_once_it_is_ahead_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, pause = mock.Mock(), PauseBetweenSteps()
+    slept: list[float] = []
+    monkeypatch.setattr("pipeline.stream.time.sleep", slept.append)
+    executor._consumer_idling.side_effect = [True] * 3 + [False] * 12 + [True] + [False]
+    for _ in range(17):
+        pause.on_execution_step(executor)
+    assert slept == [0.02] * 13 + [0.25] * 2 + [0.02] * 2
 
 
 @pytest.mark.parametrize(
