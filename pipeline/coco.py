@@ -97,9 +97,9 @@ class ImageRecord:
 
 def _where_to_look(root: str) -> str:
     """What to do about a missing annotation file, by what there is."""
-    folder = Path(storage.absolute(root))
     if storage.is_url(root):
         return "set data.root or data.sources"
+    folder = Path(storage.absolute(root))
     if not folder.is_dir():
         return f"there is no folder {folder}; set data.root"
     there = sorted(str(path.relative_to(folder)) for pattern in ("*.json", "*/*.json") for path in folder.glob(pattern))

@@ -289,13 +289,12 @@ def explain(message: str, config_type: type[BaseModel] = ExperimentConfig) -> st
 
 def _field_of(key: str, config_type: type[BaseModel]) -> Any:
     """Declaration of a key, None where there is no such key."""
-    model, field = config_type, None
+    models, field = [config_type], None
     for part in key.split("."):
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
+        if not models or part not in models[0].model_fields:
             return None
-        field = fields[part]
-        model = _models_within(field.annotation)[0] if _models_within(field.annotation) else BaseModel
+        field = models[0].model_fields[part]
+        models = _models_within(field.annotation)
     return field
 
 
@@ -357,15 +356,7 @@ def unknown_key(key: str, config_type: type[BaseModel] = ExperimentConfig) -> st
 
 def _range_of(key: str, config_type: type[BaseModel]) -> str:
     """What the field allows, from its declaration."""
-    model: Any = config_type
-    field = None
-    for part in key.split("."):
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
-            return ""
-        field = fields[part]
-        candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    field = _field_of(key, config_type)
     limits = []
     parts = getattr(getattr(field, "annotation", None), "__args__", ())  # of `Annotated[float, ...] | None`
     declared = [

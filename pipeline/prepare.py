@@ -354,7 +354,7 @@ def _write_split(
 
 def _count_policies(problems: Sequence[Problem]) -> dict[str, int]:
     """How many of each kind, with what was done about them."""
-    done = {"keep": "kept", "fix": "fixed", "drop": "left out", "error": "refused"}
+    done = {"keep": "kept", "fix": "fixed", "drop": "left out"}  # an error has stopped the job before
     return dict(sorted(Counter(f"{problem.kind} ({done[problem.policy]})" for problem in problems).items()))
 
 

@@ -68,7 +68,8 @@ def repeat_counts(repeats: Float64Array, rng: np.random.Generator) -> Int64Array
         ends = np.cumsum(_chances(repeats[order] % 1, places))
         ends[-1] = places  # what its sum is but for rounding
         marks = np.arange(places) + rng.random()
-        counts[order[np.searchsorted(ends, marks, side="right")]] += 1
+        marked = order[np.searchsorted(ends, marks, side="right")]
+        np.add.at(counts, marked, 1)  # each mark counts, also where rounding lets two fall on one row
     return counts
 
 
