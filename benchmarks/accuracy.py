@@ -12,6 +12,7 @@ AP is that of the last step, on the validation images. Seconds say how long a tr
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -39,6 +40,7 @@ from model.config import ModelConfig
 from model.losses import LOSS_NAMES
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch, Detections
+from pipeline import allocator
 from pipeline.config import ExperimentConfig
 from pipeline.evaluation import (
     EvaluatedRow,
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "accuracy", help="for shards")
     parser.add_argument("--json", type=Path, help="where to write the figures; trainings that stand there are kept")
     options = parser.parse_args()
+    os.environ.setdefault(allocator.VARIABLE, allocator.KEEP_FREED_MEMORY)  # for the processes of both
     config = read_config(options.config, [entry.split("=", 1) for entry in options.set])
     refuse_what_the_peer_lacks(config)
     if options.json:

@@ -19,6 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from model.mask_rcnn import MaskRCNN
+from pipeline import allocator
 from pipeline.config import ExperimentConfig
 from pipeline.optim import build_optimizer
 from pipeline.synthetic import draw_batch
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timings of each variant")
     options = parser.parse_args()
+    allocator.begin_again_with_it()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ExperimentConfig.model_validate(yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,25 +18,26 @@ class BoxHead(nn.Module):
         self.num_classes = num_classes
         # (in, out, kernel size) of the convolutions and (in, out) of the fully connected layers.
         convolutions: list[tuple[int, int, int]] = []
-        linears: list[tuple[int, int]] = []
+        fully_connected: list[tuple[int, int]] = []
         if config.kind == "conv7x7":  # 'valid' convolutions: the first one sees the whole region
             convolutions = [(in_channels, width, size), (width, width, 1)]
         elif config.kind == "fc2":
-            linears = [(in_channels * size * size, width), (width, width)]
+            fully_connected = [(in_channels * size * size, width), (width, width)]
         else:
             inner = config.convolution_channels
             convolutions = [(in_channels, inner, 3)] + [(inner, inner, 3)] * 3
-            linears = [(inner * size * size, width)]
+            fully_connected = [(inner * size * size, width)]
         has_bias = config.norm == "none" or norms.convolution_bias
         padding = 1 if config.kind == "conv4fc1" else 0
         self.convolutions = nn.ModuleList(
             [nn.Conv2d(a, b, kernel, padding=padding, bias=has_bias) for a, b, kernel in convolutions]
         )
         self.norms = nn.ModuleList([make_norm(config.norm, b, norms.epsilon) for _, b, _ in convolutions])
-        self.linears = nn.ModuleList([nn.Linear(a, b) for a, b in linears])
+        # The first one takes its columns as `_flatten` gives them.
+        self.fully_connected = nn.ModuleList([nn.Linear(a, b) for a, b in fully_connected])
         self.class_logits = nn.Linear(width, num_classes)
         self.box_deltas = nn.Linear(width, 4 * num_classes)
-        for layer in (*self.convolutions, *self.linears):
+        for layer in (*self.convolutions, *self.fully_connected):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -58,10 +58,10 @@ class BoxHead(nn.Module):
         """
         x = regions
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = torch.relu(apply_norm(norm, _convolve(convolution, x), valid))
-        x = x.flatten(1)
-        for linear in self.linears:
-            x = torch.relu(linear(x))
+            x = F.relu_(apply_norm(norm, _convolve(convolution, x), valid))
+        x = _flatten(x)
+        for linear in self.fully_connected:
+            x = F.relu_(linear(x))
         deltas: Tensor = self.box_deltas(x)
         logits: Tensor = self.class_logits(x)
         return logits.float(), deltas.float().reshape(-1, self.num_classes, 4)
@@ -73,4 +73,17 @@ def _convolve(convolution: nn.Module, x: Tensor) -> Tensor:
     if convolution.kernel_size != tuple(x.shape[2:]) or convolution.padding != (0, 0):
         y: Tensor = convolution(x)
         return y
-    return F.linear(x.flatten(1), convolution.weight.flatten(1), convolution.bias)[:, :, None, None]
+    return F.linear(_flatten(x), _flatten(convolution.weight), convolution.bias)[:, :, None, None]
+
+
+def _flatten(regions: Tensor) -> Tensor:
+    """(N, channels, rows, columns) to (N, rows * columns * channels): as channels-last features lie in memory.
+
+    Channels first, as is usual, would transpose every region in every step, and its gradient on the way back.
+    """
+    return regions.permute(0, 2, 3, 1).flatten(1)
+
+
+def flat_columns(weight: Tensor, pool_size: int) -> Tensor:
+    """Weight (out, channels * rows * columns) of a first layer from elsewhere, its columns as `_flatten` has them."""
+    return _flatten(weight.reshape(weight.shape[0], -1, pool_size, pool_size))

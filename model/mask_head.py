@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MaskHeadConfig, NormConfig
@@ -44,11 +45,18 @@ class MaskHead(nn.Module):
         """
         x = regions
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = torch.relu(apply_norm(norm, convolution(x), valid))
-        x = torch.relu(self.upsampling(x))
+            x = F.relu_(apply_norm(norm, convolution(x), valid))
+        # The transposed convolution makes 2 x 2 cells of every cell, each by a matrix of its own, so it is one product.
         # Of the 1x1 convolution to num_classes maps the one that is wanted: a product with the class's own weights.
-        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, cells, channels)
+        # Only its one number a cell is put in the order of an image, not all channels.
+        assert self.upsampling.bias is not None
         assert self.mask_logits.bias is not None
+        height, width = x.shape[2:]
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, height * width, channels)
+        matrices = self.upsampling.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * channels, channels)
+        finer = F.relu_(F.linear(cells, matrices, self.upsampling.bias.repeat(4)))
+        finer = finer.reshape(cells.shape[0], 4 * height * width, self.upsampling.out_channels)
         weight, bias = self.mask_logits.weight.flatten(1)[classes], self.mask_logits.bias[classes]
-        logits = torch.bmm(cells, weight[:, :, None])[:, :, 0] + bias[:, None]
-        return logits.reshape(-1, *x.shape[2:]).float()
+        logits = torch.bmm(finer, weight[:, :, None])[:, :, 0] + bias[:, None]
+        logits = logits.reshape(-1, height, width, 2, 2).permute(0, 1, 3, 2, 4)
+        return logits.reshape(-1, 2 * height, 2 * width).float()

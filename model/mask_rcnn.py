@@ -13,6 +13,7 @@ from model.backbone import Backbone
 from model.box_head import BoxHead
 from model.boxes import encode_boxes, last_pixel_inside, last_pixel_outside
 from model.canvas import image_windows, move_to_windows, normalise
+from model.cell_matrix import CellMatrix
 from model.config import ModelConfig, RpnConfig
 from model.constants import constant
 from model.fpn import FeaturePyramid
@@ -24,6 +25,8 @@ from model.roi_align import as_pooled, pyramid_roi_align
 from model.rpn import RegionProposalNetwork
 from model.structures import Batch, Detections
 from model.targets import RegionTargets, match_anchors, sample_anchors, sample_regions
+
+PooledFrom = list[Tensor] | CellMatrix
 
 
 class MaskRCNN(nn.Module):
@@ -52,16 +55,16 @@ class MaskRCNN(nn.Module):
         windows = image_windows(batch.image_sizes, canvas, self.config.image_position)
         batch = self._place_batch(batch, windows)
         pyramid = self.features(batch.images, windows)
-        rpn_logits, rpn_deltas = self.rpn(pyramid)
+        pooled_from = as_pooled(pyramid, self.config.roi)
         anchors = self.anchors(canvas, pyramid)
-        rpn_class_loss, rpn_bbox_loss = self._rpn_losses(rpn_logits, rpn_deltas, torch.cat(anchors), batch)
-
+        rpn_class_loss, rpn_bbox_loss, rpn_logits, rpn_deltas = self._rpn_losses(
+            pyramid, pooled_from, torch.cat(anchors), batch
+        )
         proposals, valid = self.propose(rpn_logits, rpn_deltas, anchors, windows, canvas)
         batch = replace(batch, boxes=self.to_frame(batch.boxes))
-        pyramid = as_pooled(pyramid[:4], self.config.roi)
         targets = sample_regions(proposals, valid, batch, self.config)
-        mrcnn_class_loss, mrcnn_bbox_loss = self._box_losses(pyramid, targets, batch)
-        mrcnn_mask_loss = self._mask_loss(pyramid, targets, batch, windows)
+        mrcnn_class_loss, mrcnn_bbox_loss = self._box_losses(pooled_from, targets, batch)
+        mrcnn_mask_loss = self._mask_loss(pooled_from, targets, batch, windows)
         return {
             "rpn_class_loss": rpn_class_loss,
             "rpn_bbox_loss": rpn_bbox_loss,
@@ -91,8 +94,9 @@ class MaskRCNN(nn.Module):
         proposals, valid = self.propose(rpn_logits, rpn_deltas, anchors, windows, canvas)
         image_index, slot = torch.nonzero(valid, as_tuple=True)
         regions = proposals[image_index, slot]
+        pooled_from = as_pooled(pyramid, self.config.roi)
         class_logits, box_deltas = self.box_head(
-            self.pool(pyramid, regions, image_index, self.config.box_head.pool_size, canvas)
+            self.pool(pooled_from, regions, image_index, self.config.box_head.pool_size, canvas)
         )
         found = []
         for image in range(images.shape[0]):
@@ -105,9 +109,8 @@ class MaskRCNN(nn.Module):
                 self.config.box_head,
                 self.config.detections,
             )
-            features = [level[image : image + 1] for level in pyramid]
-            first_image = torch.zeros_like(classes)
-            pooled = self.pool(features, boxes, first_image, self.config.mask_head.pool_size, canvas)
+            this_image = torch.full_like(classes, image)
+            pooled = self.pool(pooled_from, boxes, this_image, self.config.mask_head.pool_size, canvas)
             mask_logits = self.mask_head(pooled, classes)
             boxes = self.to_input(boxes, windows[image])
             found.append(Detections(boxes, scores, classes, mask_logits.sigmoid()))
@@ -151,10 +154,10 @@ class MaskRCNN(nn.Module):
         return propose(rpn_logits, rpn_deltas, boxes, counts, self.to_frame(windows), config, top_k, number)
 
     def pool(
-        self, pyramid: list[Tensor], regions: Tensor, image_index: Tensor, pool_size: int, canvas: tuple[int, int]
+        self, pyramid: PooledFrom, regions: Tensor, image_index: Tensor, pool_size: int, canvas: tuple[int, int]
     ) -> Tensor:
         """See `pyramid_roi_align`; P6 has no part in it."""
-        return pyramid_roi_align(pyramid[:4], regions, image_index, pool_size, self.config.roi, canvas)
+        return pyramid_roi_align(pyramid, regions, image_index, pool_size, self.config.roi, canvas)
 
     def place(self, images: Tensor, windows: Tensor) -> Tensor:
         """Images from the top left corner to where the network sees them."""
@@ -185,22 +188,31 @@ class MaskRCNN(nn.Module):
         return self.from_frame(boxes) - window[:2].repeat(2)
 
     def _rpn_losses(
-        self, rpn_logits: Tensor, rpn_deltas: Tensor, anchors: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
+        self, pyramid: list[Tensor], pooled_from: PooledFrom, anchors: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both losses, and logits and deltas of all anchors, which no gradient is asked of any more."""
         positive, negative, matched_gt_index = match_anchors(anchors, batch, self.config)
         samples = sample_anchors(positive, negative, batch, self.config)
-        rows = samples.index[..., None]
+        if isinstance(pooled_from, CellMatrix) and self.rpn.can_sample(pooled_from, samples.index):
+            with torch.no_grad():
+                rpn_logits, rpn_deltas = self.rpn(pyramid)
+            logits, deltas = self.rpn.at_anchors(pooled_from, samples.index)
+        else:
+            rpn_logits, rpn_deltas = self.rpn(pyramid)
+            rows = samples.index[..., None]
+            logits = rpn_logits.gather(1, rows.expand(-1, -1, 2))
+            deltas = rpn_deltas.gather(1, rows.expand(-1, -1, 4))
         sampled_positive = positive.gather(1, samples.index) & samples.valid
         gt_boxes = batch.boxes.gather(1, matched_gt_index.gather(1, samples.index)[..., None].expand(-1, -1, 4))
         target_deltas = encode_boxes(gt_boxes, anchors[samples.index], self.config.rpn.delta_scale)
         class_loss = losses.rpn_class_loss(
-            rpn_logits.gather(1, rows.expand(-1, -1, 2)),
+            logits,
             sampled_positive,
             samples.valid,
             self.config.losses.normalizer,
         )
         bbox_loss = losses.rpn_bbox_loss(
-            rpn_deltas.gather(1, rows.expand(-1, -1, 4)),
+            deltas,
             target_deltas,
             sampled_positive,
             samples.valid,
@@ -208,9 +220,9 @@ class MaskRCNN(nn.Module):
             self.config.losses.normalizer,
             giou_delta_scale=self.config.rpn.delta_scale if self.config.losses.box_loss == "giou" else None,
         )
-        return class_loss, bbox_loss
+        return class_loss, bbox_loss, rpn_logits, rpn_deltas
 
-    def _box_losses(self, pyramid: list[Tensor], targets: RegionTargets, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _box_losses(self, pyramid: PooledFrom, targets: RegionTargets, batch: Batch) -> tuple[Tensor, Tensor]:
         image_index, slot = _slots(targets.valid)
         regions = targets.boxes[image_index, slot]
         valid, classes = targets.valid[image_index, slot], targets.classes[image_index, slot]
@@ -240,7 +252,7 @@ class MaskRCNN(nn.Module):
         )
         return class_loss, bbox_loss
 
-    def _mask_loss(self, pyramid: list[Tensor], targets: RegionTargets, batch: Batch, windows: Tensor) -> Tensor:
+    def _mask_loss(self, pyramid: PooledFrom, targets: RegionTargets, batch: Batch, windows: Tensor) -> Tensor:
         is_positive = targets.classes[:, : targets.num_positive_slots] > 0
         image_index, slot = _slots(is_positive)
         regions = targets.boxes[image_index, slot]

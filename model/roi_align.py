@@ -9,10 +9,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from model.boxes import box_area
+from model.cell_matrix import CellMatrix, cell_matrix
 from model.config import RoiConfig
 from model.constants import constant
 from model.weighted_cells import SamplePositions, has_sparse_product, weighted_cells
 
+NUM_LEVELS = 4  # P2 to P5
 SAMPLES_PER_SIDE = 2  # in every bin of ROIAlign, so four samples a bin
 FAR_OUTSIDE = -1e6  # input pixels
 
@@ -40,7 +42,7 @@ def pyramid_levels(boxes: Tensor, config: RoiConfig, canvas: tuple[int, int]) ->
 
 
 def pyramid_roi_align(
-    pyramid: Sequence[Tensor],
+    pyramid: Sequence[Tensor] | CellMatrix,
     boxes: Tensor,
     image_index: Tensor,
     pool_size: int,
@@ -50,8 +52,8 @@ def pyramid_roi_align(
     """Features of every region on a fixed grid, each from the level that fits its size.
 
     Args:
-        pyramid: P2..P5, each (B, channels, h, w); with strides 4, 8, 16, 32 unless pooling is crop_and_resize, which
-            counts in shares of the canvas.
+        pyramid: P2..P5, each (B, channels, h, w), or as `as_pooled` gives them; with strides 4, 8, 16, 32 unless
+            pooling is crop_and_resize, which counts in shares of the canvas.
         boxes: (N, 4) xyxy in input pixels; N may be 0. No gradient reaches them.
         image_index: (N,) int64, which of the B images a box belongs to.
         pool_size: rows and columns of the grid.
@@ -62,12 +64,13 @@ def pyramid_roi_align(
         (N, channels, pool_size, pool_size) float32.
     """
     levels = pyramid_levels(boxes, config, canvas)
-    if _by_weighted_cells(boxes.device, config):
-        positions = _sample_positions(pyramid, boxes, levels, pool_size, config, canvas)
-        return weighted_cells(pyramid, positions, image_index, levels, pool_size)
+    pooled_from = pyramid if isinstance(pyramid, CellMatrix) else as_pooled(pyramid, config)
+    if isinstance(pooled_from, CellMatrix):
+        positions = _sample_positions(pooled_from, boxes, levels, pool_size, config, canvas)
+        return weighted_cells(pooled_from, positions, image_index, levels, pool_size)
     image = image_index[:, None].to(boxes.dtype)
-    output = pyramid[0].new_zeros((), dtype=torch.float32)
-    for level, features in enumerate(as_pooled(pyramid, config)):
+    output = boxes.new_zeros((), dtype=torch.float32)
+    for level, features in enumerate(pooled_from[:NUM_LEVELS]):
         # All regions from each level, with no size that depends on the data and so without a wait for a GPU; those of
         # other levels are read far outside of it, which costs next to nothing and gives 0. Every level stays part of
         # the graph in this way, which data-parallel training relies on.
@@ -84,20 +87,19 @@ def pyramid_roi_align(
     return output
 
 
-def as_pooled(pyramid: Sequence[Tensor], config: RoiConfig) -> list[Tensor]:
-    """Levels in the type and the memory format that they are pooled from, so that several poolings share one copy."""
-    if _by_weighted_cells(pyramid[0].device, config):
-        return list(pyramid)
-    return [level.to(torch.float32, memory_format=torch.contiguous_format) for level in pyramid]
+def as_pooled(pyramid: Sequence[Tensor], config: RoiConfig) -> list[Tensor] | CellMatrix:
+    """Levels in the type and the memory that they are pooled from, so that several poolings share one copy.
 
-
-def _by_weighted_cells(device: torch.device, config: RoiConfig) -> bool:
-    """Else by torchvision's operator."""
-    return config.pooling == "crop_and_resize" or (has_sparse_product(device) and not torch.compiler.is_exporting())
+    Levels beyond P5 are kept; nothing is pooled from them.
+    """
+    by_operator = not has_sparse_product(pyramid[0].device) or torch.compiler.is_exporting()
+    if by_operator and config.pooling != "crop_and_resize":
+        return [level.to(torch.float32, memory_format=torch.contiguous_format) for level in pyramid]
+    return cell_matrix(pyramid)
 
 
 def _sample_positions(
-    pyramid: Sequence[Tensor],
+    matrix: CellMatrix,
     boxes: Tensor,
     levels: Tensor,
     pool_size: int,
@@ -107,9 +109,7 @@ def _sample_positions(
     """Where the features are read, in cells of the region's level; cell 0 has its centre at 0."""
     starts, ends = boxes[:, :2].flip(1), boxes[:, 2:].flip(1)  # (N, 2) down, across
     if config.pooling == "crop_and_resize":
-        last_row = constant([level.shape[2] - 1 for level in pyramid], boxes.device, torch.int64)
-        last_column = constant([level.shape[3] - 1 for level in pyramid], boxes.device, torch.int64)
-        last_cell = torch.stack([last_row[levels], last_column[levels]], dim=1)
+        last_cell = torch.stack([matrix.heights()[levels] - 1, matrix.widths()[levels] - 1], dim=1)
         # Shares of the canvas, and TensorFlow's order of operations: whether a sample on the border counts hangs on it.
         whole = constant((canvas[0] - 1, canvas[1] - 1), boxes.device, boxes.dtype)
         starts, ends = (starts / whole).float(), (ends / whole).float()

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torchvision import models
 
+from model.box_head import flat_columns
 from model.config import ModelConfig
 from model.source_weights import SourceTensor, SourceWeights, WeightsError, one_line
 
 NO_LAYER, CLASSIFIER = "no layer of the model", "classifier of ImageNet"
+POOL_SIZE, FIRST_LAYER = 7, "box_head.fully_connected.0.weight"
 COCO_CLASSES = 91  # category ids 0 to 90, some of which are unused
 NOT_A_CLASS = ("__background__", "N/A")
 EPSILON_ZERO = ("bf2d0c1e", "258fb6c6")
@@ -53,11 +55,14 @@ _RULES: list[tuple[re.Pattern[str], str]] = [
         (r"rpn\.head\.conv\.(\w+)", r"rpn.shared.0.\1"),
         (r"rpn\.head\.cls_logits\.(\w+)", r"rpn.class_logits.\1"),
         (r"rpn\.head\.bbox_pred\.(\w+)", r"rpn.box_deltas.\1"),
-        (r"roi_heads\.box_head\.fc6\.(\w+)", r"box_head.linears.0.\1"),
-        (r"roi_heads\.box_head\.fc7\.(\w+)", r"box_head.linears.1.\1"),
+        (r"roi_heads\.box_head\.fc6\.(\w+)", r"box_head.fully_connected.0.\1"),
+        (r"roi_heads\.box_head\.fc7\.(\w+)", r"box_head.fully_connected.1.\1"),
         (r"roi_heads\.box_head\.(\d)\.0\.(\w+)", r"box_head.convolutions.\1.\2"),
         (r"roi_heads\.box_head\.(\d)\.1\.(\w+)", r"box_head.norms.\1.\2"),
-        (r"roi_heads\.box_head\.5\.(\w+)", r"box_head.linears.0.\1"),  # four convolutions and a flattening before it
+        (
+            r"roi_heads\.box_head\.5\.(\w+)",
+            r"box_head.fully_connected.0.\1",
+        ),  # four convolutions and a flattening before it
         (r"roi_heads\.box_predictor\.cls_score\.(\w+)", r"box_head.class_logits.\1"),
         (r"roi_heads\.box_predictor\.bbox_pred\.(\w+)", r"box_head.box_deltas.\1"),
         (r"roi_heads\.mask_head\.(\d)\.0\.(\w+)", r"mask_head.convolutions.\1.\2"),
@@ -205,6 +210,8 @@ def _under_our_names(
         elif ours in tensors:
             raise WeightsError(f"{source}: {tensors[ours].name} and {name} are the same weights of one layer")
         else:
+            if ours == FIRST_LAYER and tensor.dim() == 2 and tensor.shape[1] % POOL_SIZE**2 == 0:
+                tensor = flat_columns(tensor, POOL_SIZE)
             tensors[ours] = SourceTensor(name, tensor)
     if not tensors:
         raise WeightsError(

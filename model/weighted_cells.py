@@ -8,14 +8,13 @@ product and backward one with the transpose: several times faster than the opera
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.constants import constant
+from model.cell_matrix import CellMatrix
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,25 @@ def has_sparse_product(device: torch.device) -> bool:
 
 
 def weighted_cells(
-    pyramid: Sequence[Tensor], positions: SamplePositions, image_index: Tensor, levels: Tensor, pool_size: int
+    matrix: CellMatrix, positions: SamplePositions, image_index: Tensor, levels: Tensor, pool_size: int
 ) -> Tensor:
     """Bilinear samples of each region on its level, averaged in every bin, in float32.
 
     Args:
-        pyramid: levels, each (B, channels, h, w).
+        matrix: of the pyramid.
         positions: of N regions; N may be 0.
         image_index: (N,) int64.
-        levels: (N,) int64, index into `pyramid`.
+        levels: (N,) int64.
         pool_size: bins a side.
 
     Returns:
         (N, channels, pool_size, pool_size) float32 in channels-last memory.
     """
-    channels = pyramid[0].shape[1]
-    cells = torch.cat([level.float().permute(0, 2, 3, 1).reshape(-1, channels) for level in pyramid])  # (M, channels)
+    cells = matrix.cells
+    channels = cells.shape[1]
     if levels.shape[0] == 0:
         return cells.new_zeros(0, channels, pool_size, pool_size) + 0.0 * cells.sum()
-    columns, weights = _cells_of_bins(pyramid, positions, image_index, levels, pool_size)
+    columns, weights = _cells_of_bins(matrix, positions, image_index, levels, pool_size)
     if has_sparse_product(cells.device) and not torch.compiler.is_exporting():
         pooled: Tensor = _SparseProduct.apply(cells, columns, weights)
     else:
@@ -66,15 +65,11 @@ def weighted_cells(
 
 @torch.no_grad()
 def _cells_of_bins(
-    pyramid: Sequence[Tensor], positions: SamplePositions, image_index: Tensor, levels: Tensor, pool_size: int
+    matrix: CellMatrix, positions: SamplePositions, image_index: Tensor, levels: Tensor, pool_size: int
 ) -> tuple[Tensor, Tensor]:
     """For every bin its cells, as (bins, K) rows of the cell matrix, and their weights (bins, K)."""
-    device = levels.device
-    heights = constant([level.shape[2] for level in pyramid], device, torch.int64)
-    widths = constant([level.shape[3] for level in pyramid], device, torch.int64)
-    height, width = heights[levels], widths[levels]  # (N,)
-    counts = pyramid[0].shape[0] * heights * widths
-    first_cell = (counts.cumsum(0) - counts)[levels] + image_index * height * width
+    height, width = matrix.heights()[levels], matrix.widths()[levels]  # (N,)
+    first_cell = matrix.first_cells()[levels] + image_index * height * width
     y, weight_y = _neighbours(positions.down, height, pool_size, positions)
     x, weight_x = _neighbours(positions.across, width, pool_size, positions)
     # y and x are (N, bins, 2 * samples); the cells of a bin are their products.
@@ -122,8 +117,8 @@ class _SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         columns, weights = ctx.saved_tensors
         bins, per_bin = columns.shape
-        sorted_columns, order = torch.sort(columns.reshape(-1), stable=True)
-        first = torch.searchsorted(sorted_columns, torch.arange(ctx.num_cells + 1))
+        sorted_columns, order = torch.sort(columns.reshape(-1).int(), stable=True)  # half the bytes, twice as fast
+        first = torch.searchsorted(sorted_columns, torch.arange(ctx.num_cells + 1, dtype=torch.int32))
         transposed = _multiply(first, order // per_bin, weights.reshape(-1)[order], bins, gradients[0].contiguous())
         return transposed, None, None
 
@@ -135,5 +130,6 @@ def _multiply(first: Tensor, columns: Tensor, weights: Tensor, num_columns: int,
         matrix = torch.sparse_csr_tensor(
             first, columns, weights, size=(len(first) - 1, num_columns), check_invariants=False
         )
-        product: Tensor = matrix @ dense
+        product = dense.new_empty(len(first) - 1, dense.shape[1])
+        torch.addmm(product, matrix, dense, beta=0, out=product)  # matrix @ dense would add it to zeros
     return product

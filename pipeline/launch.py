@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import run_state, storage
+from pipeline import allocator, run_state, storage
 from pipeline.checkpoint_store import CheckpointStore, best, check_writable
 from pipeline.cluster import GROUP_START_SECONDS, Placement, place_workers
 from pipeline.config import ExperimentConfig, ScalingSettings
@@ -280,6 +280,7 @@ def _fit(
         run_config=ray.train.RunConfig(
             name=config.run.name,
             storage_path=storage.absolute(config.run.storage_path),
+            worker_runtime_env=allocator.runtime_environment(),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.run.max_failures,
                 controller_failure_limit=config.run.max_failures + _starts_while_waiting(config.scaling),

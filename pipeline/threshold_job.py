@@ -11,7 +11,7 @@ import torch
 
 from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
-from pipeline import cluster, prepare, run_state
+from pipeline import allocator, cluster, prepare, run_state
 from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.doctor import check_at_start
@@ -97,7 +97,11 @@ def evaluate_points(
     device = "cuda" if placement.use_gpu else "cpu"
     cpus = placement.resources_per_worker["CPU"]
     num_tasks = min(config.scaling.num_workers, manifest.num_rows)
-    look = ray.remote(_look).options(num_cpus=cpus, num_gpus=placement.resources_per_worker.get("GPU", 0))
+    look = ray.remote(_look).options(
+        num_cpus=cpus,
+        num_gpus=placement.resources_per_worker.get("GPU", 0),
+        runtime_env=allocator.runtime_environment(),
+    )
     dumped = config.model_dump(mode="json")
     parts = [look.remote(dumped, sent, variants, device, validation, part, num_tasks) for part in range(num_tasks)]
     swept = ray.put([row for part in ray.get(parts) for row in part])

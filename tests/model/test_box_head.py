@@ -95,14 +95,18 @@ def head_of(kind: Kind, norm: NormKind = "none", has_bias: bool = False, pool_si
 def test_two_fully_connected_layers() -> None:
     head = head_of("fc2")
     regions = torch.randn(5, 4, 7, 7)
-    first, second = head.linears
+    first, second = head.fully_connected
     assert first.weight.shape == (16, 4 * 7 * 7)
     assert second.weight.shape == (16, 16)
-    hidden = torch.relu(second(torch.relu(first(regions.flatten(1)))))
+    hidden = torch.relu(second(torch.relu(first(regions.permute(0, 2, 3, 1).flatten(1)))))
     logits, deltas = head(regions)
     torch.testing.assert_close(logits, head.class_logits(hidden))
     torch.testing.assert_close(deltas.flatten(1), head.box_deltas(hidden))
-    assert {name.split(".")[0] for name, _ in head.named_parameters()} == {"linears", "class_logits", "box_deltas"}
+    assert {name.split(".")[0] for name, _ in head.named_parameters()} == {
+        "fully_connected",
+        "class_logits",
+        "box_deltas",
+    }
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
@@ -120,8 +124,8 @@ def test_four_convolutions_and_a_fully_connected_layer(norm: NormKind, pool_size
             x = layer(x)
         x = torch.relu(x)
     assert x.shape == (5, 8, pool_size, pool_size)
-    (linear,) = head.linears
-    hidden = torch.relu(linear(x.flatten(1)))
+    (linear,) = head.fully_connected
+    hidden = torch.relu(linear(x.permute(0, 2, 3, 1).flatten(1)))
     logits, deltas = head(regions)
     torch.testing.assert_close(logits, head.class_logits(hidden))
     torch.testing.assert_close(deltas.flatten(1), head.box_deltas(hidden))

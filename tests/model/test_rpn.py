@@ -1,8 +1,12 @@
+from typing import Literal
+
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from model.anchors import level_anchors, pyramid_anchors
+from model.cell_matrix import CellMatrix
 from model.config import AnchorConfig, RpnConfig
 from model.losses import rpn_class_loss
 from model.rpn import RegionProposalNetwork
@@ -119,3 +123,46 @@ def test_two_convolutions_one_after_the_other() -> None:
     logits, deltas = rpn([feature])
     torch.testing.assert_close(logits, rpn.class_logits(hidden).permute(0, 2, 3, 1).reshape(1, -1, 2))
     torch.testing.assert_close(deltas, rpn.box_deltas(hidden).permute(0, 2, 3, 1).reshape(1, -1, 4))
+
+
+@pytest.mark.parametrize("anchor_stride", [1, 2])
+@pytest.mark.parametrize("objectness", ["softmax", "sigmoid"])
+def test_some_anchors_are_the_same_rows_with_the_same_gradient(
+    anchor_stride: int, objectness: Literal["softmax", "sigmoid"]
+) -> None:
+    torch.manual_seed(0)
+    rpn = RegionProposalNetwork(4, RpnConfig(channels=8, objectness=objectness), 3, anchor_stride).double()
+    for parameter in rpn.parameters():
+        nn.init.normal_(parameter)
+    pyramid = [torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True) for size in SIZES]
+    logits, deltas = rpn(pyramid)
+    # Every anchor once, in another order for each image: corners, borders and the inside of every level, one cell too.
+    index = torch.stack([torch.randperm(logits.shape[1]) for _ in range(2)])
+    expected = (
+        logits.gather(1, index[..., None].expand(-1, -1, 2)),
+        deltas.gather(1, index[..., None].expand(-1, -1, 4)),
+    )
+    found = rpn.at_anchors(matrix_of(pyramid), index)
+    torch.testing.assert_close(found, expected)
+
+    leaves = [*pyramid, *rpn.parameters()]
+    shares = torch.randn(logits.shape, dtype=torch.float64), torch.randn(deltas.shape, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad(sum((part * share).sum() for part, share in zip(parts, shares, strict=True)), leaves)
+        for parts in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_anchors_are_sampled_where_that_leaves_most_cells_out() -> None:
+    matrix = matrix_of([torch.zeros(2, 4, *size) for size in SIZES])  # 129 cells an image
+    one, two = (RegionProposalNetwork(4, RpnConfig(channels=8, num_convolutions=number), 3, 1) for number in (1, 2))
+    assert one.can_sample(matrix, torch.zeros(2, 64, dtype=torch.int64))
+    assert not one.can_sample(matrix, torch.zeros(2, 65, dtype=torch.int64))
+    assert not two.can_sample(matrix, torch.zeros(2, 1, dtype=torch.int64))
+
+
+def matrix_of(pyramid: list[Tensor]) -> CellMatrix:
+    """In the type of the pyramid, where `cell_matrix` gives float32."""
+    cells = [level.permute(0, 2, 3, 1).reshape(-1, level.shape[1]) for level in pyramid]
+    return CellMatrix(torch.cat(cells), len(pyramid[0]), tuple((level.shape[2], level.shape[3]) for level in pyramid))

@@ -126,8 +126,8 @@ def their_name(name: str) -> str:
         ("rpn.shared.0", "rpn.head.conv"),
         ("rpn.class_logits", "rpn.head.cls_logits"),
         ("rpn.box_deltas", "rpn.head.bbox_pred"),
-        ("box_head.linears.0", "roi_heads.box_head.fc6"),
-        ("box_head.linears.1", "roi_heads.box_head.fc7"),
+        ("box_head.fully_connected.0", "roi_heads.box_head.fc6"),
+        ("box_head.fully_connected.1", "roi_heads.box_head.fc7"),
         ("box_head.class_logits", "roi_heads.box_predictor.cls_score"),
         ("box_head.box_deltas", "roi_heads.box_predictor.bbox_pred"),
         *((f"mask_head.convolutions.{n}", f"roi_heads.mask_head.mask_fcn{n + 1}") for n in range(4)),
@@ -154,7 +154,10 @@ def assert_loaded(state: State, theirs: State) -> None:
     """Every tensor of ours is theirs of that name."""
     for name, tensor in state.items():
         if not name.endswith("num_batches_tracked"):
-            assert torch.equal(tensor, theirs[their_name(name)]), name
+            expected = theirs[their_name(name)]
+            if name == "box_head.fully_connected.0.weight":  # columns: theirs channel, row, column; ours channel last
+                expected = torch.cat([expected[:, cell::49] for cell in range(49)], dim=1)
+            assert torch.equal(tensor, expected), name
 
 
 def refusal(source: str, config: ModelConfig | None = None) -> str:
