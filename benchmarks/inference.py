@@ -7,8 +7,8 @@ Variants, all fp32 unless --precision says otherwise, on the same images, one af
 in a loop of one process with all threads; `loop`, our model in the same loop; `processes`, our model in one such loop
 a CPU, each with a share of the images and one thread; `job`, jobs/predict.py with a process a CPU. Each decodes,
 predicts, encodes masks as RLE and writes Parquet. The time of the loops begins when the model is there; that of the job
-at its first finished part, so that it leaves out the start of Ray, which stands beside it. The weights are random, with
-class logits that give about as many detections as a trained model.
+when every process has finished a part, so that it leaves out the start of Ray, which stands beside it. The weights are
+random, with class logits that give about as many detections as a trained model.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 import torch
 
 from benchmarks.processes import family, private_megabytes
+from pipeline import allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 91
@@ -124,7 +126,8 @@ def run_variant(options: argparse.Namespace, variant: str, processes: int, threa
     """A loop in so many processes, which begin together; images a second of all of them."""
     command = [sys.executable, __file__, "--variant", variant, "--images", options.images, "--folder", options.folder]
     command += ["--short_side", str(options.short_side), "--precision", options.precision]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    kept = {allocator.VARIABLE: allocator.KEEP_FREED_MEMORY}  # as the processes of the job
+    environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(threads)}
     running = [
         subprocess.Popen(
             [*command, "--share", f"{index}/{processes}"], env=environment, text=True,
@@ -192,14 +195,18 @@ def torchvision_predict(options: argparse.Namespace) -> Any:
 
 def our_predict(options: argparse.Namespace) -> Any:
     """The model of the job, called image by image."""
+    from model.folded import for_inference
     from model.masks import encode_detections
     from pipeline.command_line import parse
     from pipeline.prediction_model import load_predictor
+    from pipeline.training import autocast_dtype
 
     config = parse("", our_arguments(options)).experiment
     weights = f"torchvision:{options.folder}/weights.pth"
     predictor = load_predictor(config, weights, lambda _: None)
-    predictor.model.to(memory_format=torch.channels_last)
+    dtype = autocast_dtype(config.predict.precision, "cpu")
+    model = for_inference(predictor.model.to(memory_format=torch.channels_last), dtype)  # as the job does
+    predictor = replace(predictor, model=model)
 
     def predict(image: Any) -> dict[str, Any]:
         found = predictor.predict(image)
@@ -213,7 +220,7 @@ def our_predict(options: argparse.Namespace) -> Any:
 
 
 def run_predict(options: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """The job: images a second from the first finished part to the last, and over all of its time."""
+    """The job: images a second once every process has finished a part, and over all of its time."""
     output = Path(options.folder) / "output"
     command = [
         sys.executable, str(ROOT / "jobs" / "predict.py"), *our_arguments(options),
@@ -229,7 +236,7 @@ def run_predict(options: argparse.Namespace, processes: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     times = sorted(path.stat().st_mtime for path in (output / "parts").iterdir())
-    steady = (options.number - options.images_per_part) / (times[-1] - times[0])
+    steady = (options.number - processes * options.images_per_part) / (times[-1] - times[processes - 1])
     return {
         "images_per_second": round(steady, 4),
         "detections_an_image": round(summary["num_detections"] / summary["num_predicted"], 1),

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
+from pipeline import allocator
 from pipeline.batches import collate
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="at the same time")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further training after so many")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ingredients")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="where to write the figures; trainings that stand there are kept")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of every training")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help="one training alone, in this process")
     options = parser.parse_args()
@@ -117,13 +118,21 @@ def main() -> None:
     print(f"data: there after {time.monotonic() - started:.0f} s", flush=True)
     seeds = {name: range(options.seeds) for name in names} | {PLAIN: range(options.plain_seeds or options.seeds)}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    if options.json and options.json.exists():
+        results |= json.loads(options.json.read_text())["results"]
+    there = {(name, entry["seed"]) for name, entries in results.items() for entry in entries}
+    os.environ.setdefault(allocator.VARIABLE, allocator.KEEP_FREED_MEMORY)  # as the workers of a job have it
     with ThreadPoolExecutor(options.processes) as pool:
-        plain = [(PLAIN, seed, pool.submit(run_process, PLAIN, seed, options)) for seed in seeds[PLAIN]]
+        plain = [
+            (PLAIN, seed, pool.submit(run_process, PLAIN, seed, options))
+            for seed in seeds[PLAIN]
+            if (PLAIN, seed) not in there
+        ]
         others = [
-            (name, seed, pool.submit(run_process, name, seed, options, started, plain[0][2]))
+            (name, seed, pool.submit(run_process, name, seed, options, started, plain[0][2] if plain else None))
             for seed in range(options.seeds)
             for name in sorted(names, key=lambda name: name == FROM_PLAIN)
-            if name != PLAIN
+            if name != PLAIN and (name, seed) not in there
         ]
         for name, seed, future in [*plain, *others]:
             result = future.result()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from model.folded import for_inference
 from model.mask_rcnn import MaskRCNN
 from model.masks import paste_masks
 from model.structures import Detections
@@ -86,7 +87,8 @@ def load(
     """
     model, description = build_model(resolve_checkpoint(checkpoint, storage_path, mlflow_uri))
     config = description.experiment()
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    placed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = for_inference(model.to(placed), autocast_dtype(config.train.precision, placed.type))
     viewing = Viewing(config.data.canvases, config.data.short_side, config.data.resize_method)
     return Predictor(model, description.class_names, viewing, config.train.precision)
 

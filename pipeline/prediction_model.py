@@ -46,6 +46,9 @@ def load_predictor(config: ExperimentConfig, checkpoint: str, say: Say) -> Predi
         experiment, class_names = description.experiment(), description.class_names
         model = MaskRCNN(with_thresholds(experiment.model, settings), len(class_names) + 1)
         load_judged_state(folder, model)
+        judged = description.metrics.get("segm_AP")
+        known = "" if judged is None else f", segm_AP {judged:.3f}"
+        say(f"predict: model {folder}: step {description.step}{known}, {len(class_names)} classes")
     data = experiment.data
     viewing = Viewing(data.canvases, data.short_side, data.resize_method).augmented(settings)
     return Predictor(model.eval(), class_names, viewing, settings.precision)

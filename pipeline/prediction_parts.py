@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from model.folded import for_inference
 from model.mask_rcnn import MaskRCNN
 from model.masks import encode_detections
 from model.structures import Detections
@@ -101,6 +102,7 @@ class PartPredictor:
         self._model = copy.deepcopy(model)  # what comes out of the object store is read-only
         self._model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._dtype = autocast_dtype(settings.precision, device.type)
+        self._model = for_inference(self._model, self._dtype)
         self._lock = threading.Lock()
         # Made once: every call of ray.remote is another function for Ray to keep.
         self._read, self._decode = ray.remote(read_contents), ray.remote(max_retries=1)(decode_images)

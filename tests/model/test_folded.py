@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from model.config import ModelConfig, NormKind
-from model.folded import folded
+from model.folded import folded, for_inference
 from model.mask_rcnn import MaskRCNN
 from tests.model.factories import tiny_config
 
@@ -57,3 +57,12 @@ def test_weights_that_are_stored_in_bf16_give_what_autocast_gives() -> None:
     assert len(found) > 0
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
     torch.testing.assert_close(found.mask_probabilities, expected.mask_probabilities, rtol=0, atol=0)
+
+
+def test_in_float32_images_are_predicted_with_the_trained_model_itself() -> None:
+    model = trained_like(tiny_config(head_norm="batch"))
+    assert for_inference(model, None) is model
+    half = for_inference(model, torch.bfloat16)
+    assert half is not model
+    assert half.mask_head.convolutions[0].weight.dtype == torch.bfloat16
+    assert next(model.parameters()).dtype == torch.float32
