@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timings of each variant")
     options = parser.parse_args()
-    allocator.begin_again_with_it()
+    allocator.restart_keeping_freed_memory()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ExperimentConfig.model_validate(yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text()))

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     size, rounds = (128, 2) if options.quick else (options.size, options.rounds)
-    allocator.begin_again_with_it()
+    allocator.restart_keeping_freed_memory()
     torch.set_num_threads(1)
     device = torch.device("cpu")
     batch = peers.make_batch(BATCH_SIZE, (size, size), device)

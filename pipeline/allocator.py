@@ -26,7 +26,7 @@ def runtime_environment() -> dict[str, Any]:
     return {"env_vars": {VARIABLE: os.environ.get(VARIABLE, KEEP_FREED_MEMORY)}}
 
 
-def begin_again_with_it() -> None:
+def restart_keeping_freed_memory() -> None:
     """Start this Python program anew with the variable set, where it is not: for programs that Ray does not start."""
     if VARIABLE not in os.environ:
         os.environ[VARIABLE] = KEEP_FREED_MEMORY
