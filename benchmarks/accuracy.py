@@ -224,7 +224,7 @@ def main() -> None:
                 if abs(off) > OFF_FRACTION:
                     print(f"{kind}, seed {seed}: took {off:+.0%} of its time; was the machine busy?", flush=True)
                 print(json.dumps(done["trainings"][-1]), flush=True)
-            show(table_of(done, options), options.json)
+            show(table_of(done, options, config), options.json)
 
 
 def read_config(path: Path, changes: list[list[str]]) -> ExperimentConfig:
@@ -293,7 +293,7 @@ def judge(model: nn.Module, validation: ShardSet, dtype: torch.dtype | None) -> 
     ]
 
 
-def table_of(done: dict[str, Any], options: argparse.Namespace) -> Table:
+def table_of(done: dict[str, Any], options: argparse.Namespace, config: ExperimentConfig) -> Table:
     """Means and deviations over the seeds."""
     rows = []
     for kind in (OURS, THEIRS, OURS_AT_THEIR_STEPS):
@@ -305,7 +305,11 @@ def table_of(done: dict[str, Any], options: argparse.Namespace) -> Table:
             average, deviation = mean(entries, name)
             cells.append(f"{average:.3f} ± {deviation:.3f}")
         rows.append(cells)
-    title = f"{options.config.stem}, from scratch, two cores, {options.minutes:g} minutes a training, mean ± deviation"
+    workers, images = config.scaling.num_workers, config.global_batch_size
+    title = (
+        f"{options.config.stem}, from scratch, {images} images a step, processes of one core each: {workers}, "
+        f"{options.minutes:g} minutes a training, mean ± deviation"
+    )
     columns = ["training", "seeds", "steps", "seconds", "mask AP", "mask AP50", "box AP", "box AP50"]
     return Table("accuracy", title, columns, rows, done)
 
