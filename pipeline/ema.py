@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from model.mask_rcnn import MaskRCNN
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def ema_decay(updates: int, decay: float) -> float:
@@ -19,14 +21,14 @@ def ema_decay(updates: int, decay: float) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-def averaged_copy(model: MaskRCNN) -> MaskRCNN:
+def averaged_copy(model: Model) -> Model:
     """A model of its own that starts at the present weights."""
     averaged = copy.deepcopy(model)
     return averaged.requires_grad_(False)
 
 
 @torch.no_grad()
-def update_average(averaged: MaskRCNN, model: MaskRCNN, updates: int, decay: float) -> None:
+def update_average(averaged: nn.Module, model: nn.Module, updates: int, decay: float) -> None:
     """`average = d * average + (1 - d) * weight`; norm statistics too, what is not a fraction is copied.
 
     Args:
