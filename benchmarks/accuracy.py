@@ -159,7 +159,6 @@ def refuse_what_the_peer_lacks(config: ExperimentConfig) -> None:
         "model.rpn.channels": config.model.rpn.channels == config.model.fpn.channels,
         "model.mask_head.norm": config.model.mask_head.norm == "none",
         "model.box_head.norm": config.model.box_head.norm == "none",
-        "augment.large_scale_jitter": config.augment.large_scale_jitter is None,
         "train.synchronise_norms": not config.train.synchronise_norms,
         "train.trainable_layers": config.train.trainable_layers == "all",
         "train.gradient_compression": config.train.gradient_compression in (None, "none"),
@@ -182,7 +181,9 @@ def targets_of(batch: Batch) -> list[dict[str, Tensor]]:
             left, top, right, bottom = batch.mask_boxes[image, slot].round().int().tolist()
             size = (max(bottom - top, 1), max(right - left, 1))
             drawn = F.interpolate(crop, size=size, mode="bilinear", align_corners=False)[0, 0] >= 0.5
-            place = bitmap[top : top + size[0], left : left + size[1]]
+            first_row, first_column = max(-top, 0), max(-left, 0)  # a crop may have cut the object
+            place = bitmap[top + first_row : top + size[0], left + first_column : left + size[1]]
+            drawn = drawn[first_row:, first_column:]
             place.copy_(drawn[: place.shape[0], : place.shape[1]])
         targets.append(
             {"boxes": batch.boxes[image, objects], "labels": batch.classes[image, objects], "masks": bitmaps}
