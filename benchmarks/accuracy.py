@@ -213,15 +213,17 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     ours = config, prepare_data(config, options.folder / "ours")
     recipes = dict.fromkeys(KINDS, ours) | {THEIRS: (peer, prepare_data(peer, options.folder / "torchvision"))}
-    settings = [str(options.config), options.set, options.minutes]
+    settings = [str(options.config), options.set, options.minutes, PEER_RECIPE]
     done: dict[str, Any] = {"settings": settings, "seconds_a_step": {}, "trainings": []}
     if options.json and options.json.exists():
         raw = json.loads(options.json.read_text())["raw"]
         if raw["settings"] != json.loads(json.dumps(settings)):
             raise SystemExit(f"{options.json} holds trainings of other settings: {raw['settings']}")
         done = raw
-    if not done["seconds_a_step"]:
-        turns: dict[str, list[float]] = {OURS: [], THEIRS: [], THEIRS_WITH_OUR_RECIPE: []}
+    timed_kinds = {OURS, THEIRS} if OURS_AT_THEIR_STEPS in options.kinds else set()
+    timed_kinds |= {kind for kind in options.kinds if kind != OURS_AT_THEIR_STEPS}
+    if not timed_kinds <= set(done["seconds_a_step"]):
+        turns: dict[str, list[float]] = {kind: [] for kind in KINDS if kind in timed_kinds}
         for _ in range(TIMED_TURNS):
             for kind, seconds in turns.items():
                 timed = run(*recipes[kind], kind, 0, WARM_UP_STEPS + TIMED_STEPS, options.folder, evaluated=False)
@@ -229,7 +231,7 @@ def main() -> None:
         done["seconds_a_step"] = {kind: statistics.mean(seconds) for kind, seconds in turns.items()}
         print(json.dumps({"seconds_a_step": turns}), flush=True)
     steps = {kind: round(60 * options.minutes / seconds) for kind, seconds in done["seconds_a_step"].items()}
-    steps[OURS_AT_THEIR_STEPS] = steps[THEIRS]
+    steps[OURS_AT_THEIR_STEPS] = steps.get(THEIRS, 0)
     for seed in range(options.seeds):
         for kind in options.kinds:
             if not any((entry["kind"], entry["seed"]) == (kind, seed) for entry in done["trainings"]):

@@ -7,8 +7,8 @@ Variants, all fp32 unless --precision says otherwise, on the same images, one af
 in a loop of one process with all threads; `loop`, our model in the same loop; `processes`, our model in one such loop
 a CPU, each with a share of the images and one thread; `job`, jobs/predict.py with a process a CPU. Each decodes,
 predicts, encodes masks as RLE and writes Parquet. The time of the loops begins when the model is there; that of the job
-when every process has finished a part, so that it leaves out the start of Ray, which stands beside it. The weights are
-random, with class logits that give about as many detections as a trained model.
+when as many parts as processes are finished, so that it leaves out the start of Ray, which stands beside it. The
+weights are random, with class logits that give about as many detections as a trained model.
 """
 
 import argparse
@@ -73,9 +73,11 @@ def link_images(options: argparse.Namespace, number: int) -> list[Path]:
 
 def compare(options: argparse.Namespace) -> None:
     """All variants, and a table of them."""
+    cpus = os.cpu_count() or 1
+    if options.number < 2 * cpus * options.images_per_part:
+        sys.exit(f"--number: at least two parts of {options.images_per_part} images for each of {cpus} CPUs")
     link_images(options, options.number)
     torch.save(torchvision_model(options.short_side).state_dict(), Path(options.folder) / "weights.pth")
-    cpus = os.cpu_count() or 1
     measured = {
         "torchvision": run_variant(options, "torchvision", 1, cpus),
         "loop": run_variant(options, "loop", 1, cpus),
@@ -220,7 +222,7 @@ def our_predict(options: argparse.Namespace) -> Any:
 
 
 def run_predict(options: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """The job: images a second once every process has finished a part, and over all of its time."""
+    """The job: images a second once as many parts as processes are finished, and over all of its time."""
     output = Path(options.folder) / "output"
     command = [
         sys.executable, str(ROOT / "jobs" / "predict.py"), *our_arguments(options),

@@ -118,8 +118,12 @@ def main() -> None:
     print(f"data: there after {time.monotonic() - started:.0f} s", flush=True)
     seeds = {name: range(options.seeds) for name in names} | {PLAIN: range(options.plain_seeds or options.seeds)}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    settings = [str(options.config), options.set]
     if options.json and options.json.exists():
-        results |= json.loads(options.json.read_text())["results"]
+        report = json.loads(options.json.read_text())
+        if report["settings"] != settings:
+            raise SystemExit(f"{options.json} holds trainings of other settings: {report['settings']}")
+        results |= report["results"]
     there = {(name, entry["seed"]) for name, entries in results.items() for entry in entries}
     os.environ.setdefault(allocator.VARIABLE, allocator.KEEP_FREED_MEMORY)  # as the workers of a job have it
     with ThreadPoolExecutor(options.processes) as pool:
@@ -139,7 +143,8 @@ def main() -> None:
             if result is not None:
                 results[name].append({"seed": seed, **result})
                 if options.json:  # all there is so far
-                    report = {"device": device_name(), "torch": torch.__version__, "results": results}
+                    report = {"settings": settings, "device": device_name(), "torch": torch.__version__}
+                    report["results"] = results
                     options.json.write_text(json.dumps(report, indent=1))
     show(results)
 

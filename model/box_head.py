@@ -79,7 +79,8 @@ def _convolve(convolution: nn.Module, x: Tensor) -> Tensor:
 def _flatten(regions: Tensor) -> Tensor:
     """(N, channels, rows, columns) to (N, rows * columns * channels): as channels-last features lie in memory.
 
-    Channels first, as is usual, would transpose every region in every step, and its gradient on the way back.
+    Channels first, as is usual, would transpose every region in every step, and its gradient on the way back. Regions
+    of torchvision's operator do not lie so and are transposed.
     """
     return regions.permute(0, 2, 3, 1).flatten(1)
 

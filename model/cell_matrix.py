@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,8 @@ class CellMatrix:
 
     def first_cells(self) -> Tensor:
         """(levels,) int64, where each level begins."""
-        ends = torch.tensor([self.num_images * height * width for height, width in self.sizes]).cumsum(0)
-        return constant([0, *ends[:-1].tolist()], self.cells.device, torch.int64)
+        counts = [self.num_images * height * width for height, width in self.sizes[:-1]]
+        return constant(list(itertools.accumulate(counts, initial=0)), self.cells.device, torch.int64)
 
     def heights(self) -> Tensor:
         """(levels,) int64."""

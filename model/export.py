@@ -14,6 +14,7 @@ from model.boxes import clip_boxes, decode_boxes
 from model.canvas import image_windows
 from model.mask_rcnn import MaskRCNN
 from model.nms import kept_by_nms
+from model.roi_align import as_pooled
 
 INPUT_NAMES = ("images", "image_sizes")
 OUTPUT_NAMES = ("boxes", "scores", "classes", "mask_probabilities")
@@ -48,7 +49,8 @@ class ExportableDetector(nn.Module):
         proposals, valid = model.propose(rpn_logits, rpn_deltas, anchors, windows, self.canvas)
         image_index = torch.arange(batch_size, device=images.device).repeat_interleave(proposals.shape[1])
         pool_size = model.config.box_head.pool_size
-        pooled = model.pool(pyramid, proposals.flatten(0, 1), image_index, pool_size, self.canvas)
+        pooled_from = as_pooled(pyramid, model.config.roi)
+        pooled = model.pool(pooled_from, proposals.flatten(0, 1), image_index, pool_size, self.canvas)
         class_logits, box_deltas = model.box_head(pooled)
         class_logits = class_logits.reshape(batch_size, -1, model.num_classes)
         box_deltas = box_deltas.reshape(batch_size, -1, model.num_classes, 4)
@@ -59,7 +61,7 @@ class ExportableDetector(nn.Module):
         boxes, scores, classes = (torch.stack(parts) for parts in zip(*found, strict=True))
         image_index = torch.arange(batch_size, device=images.device).repeat_interleave(boxes.shape[1])
         pool_size = model.config.mask_head.pool_size
-        pooled = model.pool(pyramid, boxes.flatten(0, 1), image_index, pool_size, self.canvas)
+        pooled = model.pool(pooled_from, boxes.flatten(0, 1), image_index, pool_size, self.canvas)
         masks = model.mask_head(pooled, classes.flatten()).sigmoid()
         masks = masks.reshape(batch_size, -1, *masks.shape[1:])
         is_object = scores > 0

@@ -194,9 +194,9 @@ class MaskRCNN(nn.Module):
         positive, negative, matched_gt_index = match_anchors(anchors, batch, self.config)
         samples = sample_anchors(positive, negative, batch, self.config)
         if isinstance(pooled_from, CellMatrix) and self.rpn.can_sample(pooled_from, samples.index):
-            with torch.no_grad():
-                rpn_logits, rpn_deltas = self.rpn(pyramid)
             logits, deltas = self.rpn.at_anchors(pooled_from, samples.index)
+            with torch.no_grad():  # after the other: autocast keeps the weights that it converts, here without gradient
+                rpn_logits, rpn_deltas = self.rpn(pyramid)
         else:
             rpn_logits, rpn_deltas = self.rpn(pyramid)
             rows = samples.index[..., None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,12 +58,13 @@ class RegionProposalNetwork(nn.Module):
         return class_logits, torch.cat(deltas, dim=1)
 
     def can_sample(self, matrix: CellMatrix, index: Tensor) -> bool:
-        """Whether `at_anchors` saves work: on a CPU, with one convolution, when most cells are left out.
+        """Whether `at_anchors` saves work: on a CPU, with one convolution, when most outputs are left out.
 
         A GPU was not measured.
         """
-        cells = sum(height * width for height, width in matrix.sizes)
-        return index.device.type == "cpu" and len(self.shared) == 1 and 2 * index.shape[1] <= cells
+        (stride, _), *_ = (convolution.stride for convolution in self.shared if isinstance(convolution, nn.Conv2d))
+        outputs = sum(math.ceil(height / stride) * math.ceil(width / stride) for height, width in matrix.sizes)
+        return index.device.type == "cpu" and len(self.shared) == 1 and 2 * index.shape[1] <= outputs
 
     def at_anchors(self, matrix: CellMatrix, index: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` gives for some anchors, from the 3 x 3 cells around each.

@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.source_weights import SourceTensor, SourceWeights, WeightsError, one_line
 
 NO_LAYER, CLASSIFIER = "no layer of the model", "classifier of ImageNet"
-POOL_SIZE, FIRST_LAYER = 7, "box_head.fully_connected.0.weight"
+FIRST_LAYER = "box_head.fully_connected.0.weight"
 COCO_CLASSES = 91  # category ids 0 to 90, some of which are unused
 NOT_A_CLASS = ("__background__", "N/A")
 EPSILON_ZERO = ("bf2d0c1e", "258fb6c6")
@@ -96,7 +96,8 @@ def read_torchvision_weights(source: str, reference: str, config: ModelConfig) -
     if not reference:
         raise WeightsError(f"{source}FILE or {source}NAME: which one is missing")
     if os.path.exists(path):
-        return _under_our_names(source, read_state_dict(source, path), _is_epsilon_zero(path))
+        state, pool_size = read_state_dict(source, path), config.box_head.pool_size
+        return _under_our_names(source, state, pool_size, _is_epsilon_zero(path))
     if reference not in SHORT_NAMES and not re.fullmatch(r"\w+_Weights\.\w+", reference):
         raise WeightsError(
             f"{source}: no such file, nor the name of weights (short: {', '.join(SHORT_NAMES)}; in full: "
@@ -108,6 +109,7 @@ def read_torchvision_weights(source: str, reference: str, config: ModelConfig) -
     return _under_our_names(
         f"{source} ({weights})" if str(weights) != reference else source,
         state,
+        config.box_head.pool_size,
         any(f"-{digits}." in weights.url for digits in EPSILON_ZERO),
         class_names=categories[1:] if categories[:1] == NOT_A_CLASS[:1] else None,
     )
@@ -199,7 +201,11 @@ def _download(source: str, weights: Any) -> dict[str, Tensor]:
 
 
 def _under_our_names(
-    source: str, state: Mapping[str, Tensor], epsilon_zero: bool, class_names: tuple[str, ...] | None = None
+    source: str,
+    state: Mapping[str, Tensor],
+    pool_size: int,
+    epsilon_zero: bool,
+    class_names: tuple[str, ...] | None = None,
 ) -> SourceWeights:
     tensors: dict[str, SourceTensor] = {}
     skipped: dict[str, str] = {}
@@ -210,8 +216,8 @@ def _under_our_names(
         elif ours in tensors:
             raise WeightsError(f"{source}: {tensors[ours].name} and {name} are the same weights of one layer")
         else:
-            if ours == FIRST_LAYER and tensor.dim() == 2 and tensor.shape[1] % POOL_SIZE**2 == 0:
-                tensor = flat_columns(tensor, POOL_SIZE)
+            if ours == FIRST_LAYER and tensor.dim() == 2 and tensor.shape[1] % pool_size**2 == 0:
+                tensor = flat_columns(tensor, pool_size)
             tensors[ours] = SourceTensor(name, tensor)
     if not tensors:
         raise WeightsError(

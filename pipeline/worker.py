@@ -348,6 +348,8 @@ class Worker:
             torch.distributed.all_reduce(decision)
             values /= self.num_workers
         images_per_second = pace.steps * self.config.global_batch_size / seconds
+        # The wait for the very first batch does not come again.
+        steady = seconds - pace.waited if self.images_trained == pace.steps * self.config.global_batch_size else seconds
         rows = values.tolist()
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
         step_seconds = self.ledger.means() if self.ledger is not None else {}
@@ -369,7 +371,7 @@ class Worker:
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
             data_wait_fraction=pace.waited / seconds,
-            seconds_left=(self.last_step - self.step) * self.config.global_batch_size / images_per_second,
+            seconds_left=(self.last_step - self.step) * steady / pace.steps,
         )
         return bool(decision.item() > 0)
 

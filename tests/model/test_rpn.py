@@ -160,6 +160,9 @@ def test_anchors_are_sampled_where_that_leaves_most_cells_out() -> None:
     assert one.can_sample(matrix, torch.zeros(2, 64, dtype=torch.int64))
     assert not one.can_sample(matrix, torch.zeros(2, 65, dtype=torch.int64))
     assert not two.can_sample(matrix, torch.zeros(2, 1, dtype=torch.int64))
+    wide = RegionProposalNetwork(4, RpnConfig(channels=8), 3, anchor_stride=2)  # 4 * 6 + 2 * 3 + 1 * 2 + 1 + 1 = 34
+    assert wide.can_sample(matrix, torch.zeros(2, 17, dtype=torch.int64))
+    assert not wide.can_sample(matrix, torch.zeros(2, 18, dtype=torch.int64))
 
 
 def matrix_of(pyramid: list[Tensor]) -> CellMatrix:

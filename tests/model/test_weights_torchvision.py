@@ -222,6 +222,15 @@ class TestFiles:
         assert_loaded(state, small)
         assert sum(report.loaded.values()) == len(small)
 
+    def test_columns_of_the_first_layer_with_another_pool_size(self, tmp_path: Path) -> None:
+        config = small_config(box_head=BoxHeadConfig(kind="fc2", channels=16, norm="none", pool_size=3))
+        state = empty_model(config).state_dict()
+        theirs = {their_name(name): torch.rand(tensor.shape) for name, tensor in state.items()}
+        loaded = fit(saved(tmp_path / "v1.pth", theirs), config)[0]["box_head.fully_connected.0.weight"]
+        weight = theirs["roi_heads.box_head.fc6.weight"]  # 8 channels of 3 x 3
+        assert torch.equal(loaded[:, 8 * 5 + 2], weight[:, 9 * 2 + 5])  # channel 2 of the cell in row 1, column 2
+        assert torch.equal(loaded, torch.cat([weight[:, cell::9] for cell in range(9)], dim=1))
+
     def test_safetensors(self, tmp_path: Path, small: State) -> None:
         save_file(small, tmp_path / "v1.safetensors")
         assert_loaded(fit(f"torchvision:{tmp_path / 'v1.safetensors'}")[0], small)

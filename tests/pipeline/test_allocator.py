@@ -32,7 +32,7 @@ def run(code: str, *arguments: str, **variables: str) -> str:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variable is glibc's")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert int(run(COUNT_FAULTS, **{VARIABLE: KEEP_FREED_MEMORY})) < 100
-    assert int(run(COUNT_FAULTS)) > 10 * 1000  # 16,384 pages each time, fewer of them where pages are huge
+    assert int(run(COUNT_FAULTS)) > 100  # 16,384 pages each time, or 32 where all pages are huge
 
 
 def test_a_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +48,20 @@ def test_a_program_starts_anew_once_with_its_arguments(tmp_path: Path) -> None:
         "import os, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from pipeline import allocator\n"
-        "print('started', flush=True)\n"
+        "print('started')\n"
         "allocator.restart_keeping_freed_memory()\n"
         "print(sys.argv[1:], os.environ[allocator.VARIABLE])\n"
     )
     again = run("", str(script), "--size", "3")
     assert again.splitlines() == ["started", "started", f"['--size', '3'] {KEEP_FREED_MEMORY}"]
     assert run("", str(script), "x", **{VARIABLE: "own"}).splitlines() == ["started", "['x'] own"]
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("local_ray")
+def test_a_ray_task_starts_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    look = ray.remote(lambda: os.environ.get(VARIABLE)).options(runtime_env=runtime_environment())
+    assert ray.get(look.remote()) == KEEP_FREED_MEMORY
