@@ -121,7 +121,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[str]:
                 running.remove(one)
                 ended.append(one)
                 free = one.cores + free
-        if not running and waiting:
+        if not running and waiting and all(number > len(free) for _, number, _ in waiting):
             raise SystemExit(f"not enough cores for {', '.join(name for name, _, _ in waiting)}")
         time.sleep(0.2)
     for one in running:
