@@ -14,7 +14,6 @@ step, on the validation images. Seconds say how long a training really took, eva
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -66,6 +65,7 @@ PEER_RECIPE: dict[str, Any] = {
     "augment": {"horizontal_flip": 0.5}, "data.canvases": [[256, 256]],
     "optim.learning_rate": 0.0004, "optim.ema_decay": None,
 }  # fmt: skip
+"""What is changed for it in the recipe of the nuclei."""
 WARM_UP_STEPS, TIMED_STEPS, TIMED_TURNS = 3, 60, 2
 OFF_FRACTION = 0.05  # of the time a training should have taken
 STRIDES = (4, 8, 16, 32)
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "accuracy", help="for shards")
     parser.add_argument("--json", type=Path, help="where to write the figures; trainings that stand there are kept")
     options = parser.parse_args()
-    os.environ.setdefault(allocator.VARIABLE, allocator.KEEP_FREED_MEMORY)  # for the processes of both
+    allocator.restart_keeping_freed_memory()
     changes = {key: yaml.safe_load(value) for key, value in (entry.split("=", 1) for entry in options.set)}
     values = options.config.read_text()
     config = with_changes(yaml.safe_load(values), changes)
@@ -220,18 +220,17 @@ def main() -> None:
         if raw["settings"] != json.loads(json.dumps(settings)):
             raise SystemExit(f"{options.json} holds trainings of other settings: {raw['settings']}")
         done = raw
-    timed_kinds = {OURS, THEIRS} if OURS_AT_THEIR_STEPS in options.kinds else set()
-    timed_kinds |= {kind for kind in options.kinds if kind != OURS_AT_THEIR_STEPS}
-    if not timed_kinds <= set(done["seconds_a_step"]):
-        turns: dict[str, list[float]] = {kind: [] for kind in KINDS if kind in timed_kinds}
+    needed = {OURS, THEIRS, *options.kinds} - {OURS_AT_THEIR_STEPS}
+    turns: dict[str, list[float]] = {kind: [] for kind in KINDS if kind in needed - done["seconds_a_step"].keys()}
+    if turns:
         for _ in range(TIMED_TURNS):
             for kind, seconds in turns.items():
                 timed = run(*recipes[kind], kind, 0, WARM_UP_STEPS + TIMED_STEPS, options.folder, evaluated=False)
                 seconds.append(timed["seconds_a_step"])
-        done["seconds_a_step"] = {kind: statistics.mean(seconds) for kind, seconds in turns.items()}
+        done["seconds_a_step"] |= {kind: statistics.mean(seconds) for kind, seconds in turns.items()}
         print(json.dumps({"seconds_a_step": turns}), flush=True)
     steps = {kind: round(60 * options.minutes / seconds) for kind, seconds in done["seconds_a_step"].items()}
-    steps[OURS_AT_THEIR_STEPS] = steps.get(THEIRS, 0)
+    steps[OURS_AT_THEIR_STEPS] = steps[THEIRS]
     for seed in range(options.seeds):
         for kind in options.kinds:
             if not any((entry["kind"], entry["seed"]) == (kind, seed) for entry in done["trainings"]):

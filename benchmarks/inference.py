@@ -51,6 +51,7 @@ def main() -> None:
     if options.variant:
         run_loop(options)
         return
+    allocator.restart_keeping_freed_memory()  # for the loops, as the job's processes do
     with tempfile.TemporaryDirectory(prefix="inference-") as folder:
         options.folder = folder
         if options.long:
@@ -128,8 +129,7 @@ def run_variant(options: argparse.Namespace, variant: str, processes: int, threa
     """A loop in so many processes, which begin together; images a second of all of them."""
     command = [sys.executable, __file__, "--variant", variant, "--images", options.images, "--folder", options.folder]
     command += ["--short_side", str(options.short_side), "--precision", options.precision]
-    kept = {allocator.VARIABLE: allocator.KEEP_FREED_MEMORY}  # as the processes of the job
-    environment = {**os.environ, **kept, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     running = [
         subprocess.Popen(
             [*command, "--share", f"{index}/{processes}"], env=environment, text=True,

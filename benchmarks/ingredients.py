@@ -109,6 +109,7 @@ def main() -> None:
     if options.run:
         run_alone(options, always)
         return
+    allocator.restart_keeping_freed_memory()
     started = time.monotonic()
     names = list(dict.fromkeys([PLAIN, *options.only]))
     with torch.multiprocessing.get_context("spawn").Pool(options.processes) as pool:
@@ -125,7 +126,6 @@ def main() -> None:
             raise SystemExit(f"{options.json} holds trainings of other settings: {report['settings']}")
         results |= report["results"]
     there = {(name, entry["seed"]) for name, entries in results.items() for entry in entries}
-    os.environ.setdefault(allocator.VARIABLE, allocator.KEEP_FREED_MEMORY)  # as the workers of a job have it
     with ThreadPoolExecutor(options.processes) as pool:
         plain = [
             (PLAIN, seed, pool.submit(run_process, PLAIN, seed, options))

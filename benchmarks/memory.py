@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from pipeline import allocator
+
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 20
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    allocator.restart_keeping_freed_memory()
     if options.one:
         run_epochs(options.one[0]) if len(options.one) == 1 else run_size(*options.one)
         return

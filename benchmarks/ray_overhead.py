@@ -31,6 +31,7 @@ from benchmarks.ingredients import batches_of_rank
 from benchmarks.processes import SessionMeter, cpu_seconds, family, session
 from benchmarks.results import Table, show
 from model.mask_rcnn import MaskRCNN
+from pipeline import allocator
 from pipeline.config import ExperimentConfig
 from pipeline.optim import build_optimizer
 from pipeline.prepare import PreparedData, check, write
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plain", action="store_true", help="one turn without Ray, in this process")
     options = parser.parse_args()
+    allocator.restart_keeping_freed_memory()
     steps, rounds = (STEPS_A_BLOCK, 1) if options.quick else (options.steps, options.rounds)
     if steps % STEPS_A_BLOCK:
         raise SystemExit(f"--steps {steps}: has to be a multiple of {STEPS_A_BLOCK}")

@@ -21,6 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from pipeline import allocator
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="128 px, three rounds")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    allocator.restart_keeping_freed_memory()
     size, rounds = (128, 3) if options.quick else (options.size, options.rounds)
     from benchmarks.results import Table, has_bf16, show
 

@@ -21,12 +21,10 @@ from model.mask_head import MaskHead
 from model.mask_targets import crop_mask_targets
 from model.postprocess import select_detections
 from model.proposals import propose
-from model.roi_align import as_pooled, pyramid_roi_align
+from model.roi_align import PooledFrom, as_pooled, pyramid_roi_align
 from model.rpn import RegionProposalNetwork
 from model.structures import Batch, Detections
 from model.targets import RegionTargets, match_anchors, sample_anchors, sample_regions
-
-PooledFrom = list[Tensor] | CellMatrix
 
 
 class MaskRCNN(nn.Module):

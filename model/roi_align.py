@@ -18,6 +18,9 @@ NUM_LEVELS = 4  # P2 to P5
 SAMPLES_PER_SIDE = 2  # in every bin of ROIAlign, so four samples a bin
 FAR_OUTSIDE = -1e6  # input pixels
 
+PooledFrom = list[Tensor] | CellMatrix
+"""A pyramid as `as_pooled` gives it."""
+
 
 def pyramid_levels(boxes: Tensor, config: RoiConfig, canvas: tuple[int, int]) -> Tensor:
     """Which of P2..P5 a region is cut from: 4 + log2(sqrt(area) / canonical_size), FPN equation 1.
@@ -87,7 +90,7 @@ def pyramid_roi_align(
     return output
 
 
-def as_pooled(pyramid: Sequence[Tensor], config: RoiConfig) -> list[Tensor] | CellMatrix:
+def as_pooled(pyramid: Sequence[Tensor], config: RoiConfig) -> PooledFrom:
     """Levels in the type and the memory that they are pooled from, so that several poolings share one copy.
 
     Levels beyond P5 are kept; nothing is pooled from them.

@@ -62,8 +62,9 @@ class RegionProposalNetwork(nn.Module):
 
         A GPU was not measured.
         """
-        (stride, _), *_ = (convolution.stride for convolution in self.shared if isinstance(convolution, nn.Conv2d))
-        outputs = sum(math.ceil(height / stride) * math.ceil(width / stride) for height, width in matrix.sizes)
+        convolution = self.shared[0]
+        assert isinstance(convolution, nn.Conv2d)
+        outputs = sum(rows * columns for rows, columns in _output_sizes(matrix, convolution.stride[0]))
         return index.device.type == "cpu" and len(self.shared) == 1 and 2 * index.shape[1] <= outputs
 
     def at_anchors(self, matrix: CellMatrix, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +106,11 @@ def _by_anchor(x: Tensor, numbers: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, numbers).float()
 
 
+def _output_sizes(matrix: CellMatrix, stride: int) -> list[tuple[int, int]]:
+    """Rows and columns that a 3 x 3 convolution with padding 1 makes of each level."""
+    return [(math.ceil(height / stride), math.ceil(width / stride)) for height, width in matrix.sizes]
+
+
 def _neighbourhoods(matrix: CellMatrix, output: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """What a 3 x 3 convolution with padding 1 reads for some of its outputs.
 
@@ -116,12 +122,12 @@ def _neighbourhoods(matrix: CellMatrix, output: Tensor, stride: int) -> tuple[Te
     Returns:
         (B, S, 9) rows of the matrix, and whether each is a cell and not padding.
     """
-    columns_of_level = (matrix.widths() + stride - 1) // stride
-    counts = (matrix.heights() + stride - 1) // stride * columns_of_level
+    outputs = torch.tensor(_output_sizes(matrix, stride), device=output.device)  # (levels, 2)
+    counts = outputs.prod(dim=1)
     ends = counts.cumsum(0)
     level = torch.bucketize(output, ends, right=True)
     place = output - (ends - counts)[level]
-    columns, height, width = columns_of_level[level], matrix.heights()[level], matrix.widths()[level]
+    columns, height, width = outputs[level, 1], matrix.heights()[level], matrix.widths()[level]
     around = torch.arange(-1, 2, device=output.device)
     row = (place // columns * stride)[..., None, None] + around[:, None]  # (B, S, 3, 1)
     column = (place % columns * stride)[..., None, None] + around  # (B, S, 1, 3)

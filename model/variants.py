@@ -19,6 +19,7 @@ from model.canvas import image_windows
 from model.config import DetectionConfig, ModelConfig, RpnConfig
 from model.mask_rcnn import MaskRCNN
 from model.postprocess import select_detections
+from model.roi_align import PooledFrom, as_pooled
 from model.structures import Detections
 
 VARIABLE_KEYS = (
@@ -71,7 +72,7 @@ def detect_variants(
     proposed = [model.propose(rpn_logits, rpn_deltas, anchors, windows, canvas, config) for config in rpn_configs]
     found = []
     for image in range(images.shape[0]):
-        features = [level[image : image + 1] for level in pyramid]
+        features = as_pooled([level[image : image + 1] for level in pyramid], model.config.roi)
         proposals = [boxes[image][valid[image]] for boxes, valid in proposed]
         rows_of_config, regions = _union(proposals)
         class_logits, box_deltas = _box_head(model, features, regions, canvas)
@@ -126,9 +127,7 @@ def unique_rows(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], n
     return order[is_new], inverse
 
 
-def _box_head(
-    model: MaskRCNN, features: list[Tensor], regions: Tensor, canvas: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def _box_head(model: MaskRCNN, features: PooledFrom, regions: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
     parts = []
     for some in torch.split(regions, REGIONS_A_PASS):
         first_image = torch.zeros(len(some), dtype=torch.int64, device=some.device)
@@ -138,7 +137,7 @@ def _box_head(
 
 
 def _mask_head(
-    model: MaskRCNN, features: list[Tensor], boxes: Tensor, classes: Tensor, canvas: tuple[int, int]
+    model: MaskRCNN, features: PooledFrom, boxes: Tensor, classes: Tensor, canvas: tuple[int, int]
 ) -> Tensor:
     """Mask probabilities (N, M, M)."""
     parts = []

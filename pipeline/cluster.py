@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import allocator
 from pipeline.config import ScalingSettings
 from pipeline.errors import UserError
 
@@ -39,6 +40,14 @@ class Placement:
     resources_per_worker: dict[str, float]
     cpus_for_data: float
     """CPUs left for Ray Data; with none it would wait for ever, without an error."""
+
+    def options(self) -> dict[str, Any]:
+        """Of a Ray task or actor that computes with a model."""
+        return {
+            "num_cpus": self.resources_per_worker["CPU"],
+            "num_gpus": self.resources_per_worker.get("GPU", 0),
+            "runtime_env": allocator.runtime_environment(),
+        }
 
 
 @dataclass(frozen=True)

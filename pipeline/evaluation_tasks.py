@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from model.mask_rcnn import MaskRCNN
-from pipeline import allocator
 from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.earlier_predictions import evaluated_rows
@@ -41,11 +40,7 @@ def evaluate_model(
     sent = ray.put(model)  # not its file: that may be on this node alone
     device = "cuda" if placement.use_gpu else "cpu"
     num_tasks = min(config.scaling.num_workers, len(shards))
-    task = ray.remote(_evaluate_part).options(
-        num_cpus=placement.resources_per_worker["CPU"],
-        num_gpus=placement.resources_per_worker.get("GPU", 0),
-        runtime_env=allocator.runtime_environment(),
-    )
+    task = ray.remote(_evaluate_part).options(**placement.options())
     dumped = config.model_dump(mode="json")
     parts = ray.get([task.remote(dumped, sent, device, validation, part, num_tasks) for part in range(num_tasks)])
     return in_order([entry for part in parts for entry in part], len(shards))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.mask_rcnn import MaskRCNN
-from pipeline import allocator
 from pipeline.cluster import Placement, workers_that_fit
 from pipeline.errors import UserError, last_line
 from pipeline.prediction_inputs import Entry
@@ -102,12 +101,7 @@ class Pool:
 
     def _start(self) -> None:
         resources, use_gpu = self._placement.resources_per_worker, self._placement.use_gpu
-        options = {
-            "num_cpus": resources["CPU"],
-            "num_gpus": resources.get("GPU", 0),
-            "runtime_env": allocator.runtime_environment(),
-        }
-        actor_class = self._actor_class.options(max_concurrency=PARTS_AT_ONCE, **options)
+        actor_class = self._actor_class.options(max_concurrency=PARTS_AT_ONCE, **self._placement.options())
         actor = actor_class.remote(self._sent, self._settings, "cuda" if use_gpu else "cpu", int(resources["CPU"]))
         self._starting[actor.process_id.remote()] = actor
 

@@ -11,7 +11,7 @@ import torch
 
 from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
-from pipeline import allocator, cluster, prepare, run_state
+from pipeline import cluster, prepare, run_state
 from pipeline.cluster import Placement
 from pipeline.config import ExperimentConfig
 from pipeline.doctor import check_at_start
@@ -95,17 +95,12 @@ def evaluate_points(
     variants = ray.put([apply_point(config, point).model for point in points])
     sent = ray.put(model)
     device = "cuda" if placement.use_gpu else "cpu"
-    cpus = placement.resources_per_worker["CPU"]
     num_tasks = min(config.scaling.num_workers, manifest.num_rows)
-    look = ray.remote(_look).options(
-        num_cpus=cpus,
-        num_gpus=placement.resources_per_worker.get("GPU", 0),
-        runtime_env=allocator.runtime_environment(),
-    )
+    look = ray.remote(_look).options(**placement.options())
     dumped = config.model_dump(mode="json")
     parts = [look.remote(dumped, sent, variants, device, validation, part, num_tasks) for part in range(num_tasks)]
     swept = ray.put([row for part in ray.get(parts) for row in part])
-    judge = ray.remote(_judge).options(num_cpus=cpus)
+    judge = ray.remote(_judge).options(num_cpus=placement.resources_per_worker["CPU"])
     numbers = [range(part, len(points), config.scaling.num_workers) for part in range(config.scaling.num_workers)]
     judged = ray.get([judge.remote(swept, list(some), manifest.num_rows, manifest.num_classes) for some in numbers])
     found = {number: values for part in judged for number, values in part}

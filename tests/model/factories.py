@@ -175,3 +175,8 @@ def tiny_config(
         detections=DetectionConfig(max_per_image=10),
     )
     return config.model_copy(update=changes)
+
+
+def channels_last_columns(weight: Tensor, cells: int) -> Tensor:
+    """Columns in the order channel, cell of a region brought to cell, channel."""
+    return torch.cat([weight[:, cell::cells] for cell in range(cells)], dim=1)

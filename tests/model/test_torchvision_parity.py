@@ -29,7 +29,16 @@ from model.postprocess import to_original
 from model.structures import Batch, Detections
 from model.targets import match_anchors, sample_anchors, sample_regions
 from model.weights import import_weights
-from tests.model.factories import Bitmap, Scene, Thing, ellipse, make_batch, painted_scene, rectangle
+from tests.model.factories import (
+    Bitmap,
+    Scene,
+    Thing,
+    channels_last_columns,
+    ellipse,
+    make_batch,
+    painted_scene,
+    rectangle,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO_MINI = Path(os.environ.get("COCO_MINI_DIR", ROOT.parent / "shared" / "data" / "coco_mini"))
@@ -132,9 +141,7 @@ def our_names(theirs: Any, config: ModelConfig, folder: Path) -> dict[str, str]:
 
 def with_our_columns(key: str, tensor: Tensor) -> Tensor:
     """The first fully connected layer takes channel, row, column of a region there, and channel last here."""
-    if key != "box_head.fully_connected.0.weight":
-        return tensor
-    return torch.cat([tensor[:, cell::49] for cell in range(49)], dim=1)
+    return channels_last_columns(tensor, 49) if key == "box_head.fully_connected.0.weight" else tensor
 
 
 @dataclass(frozen=True)
@@ -419,9 +426,8 @@ def test_five_losses(name: str, draw: Callable[[], Lesson], monkeypatch: pytest.
         assert value > 0.01, key
         torch.testing.assert_close(losses[key], value, rtol=0, atol=1e-4)
     for key, there in our_names(theirs, config, tmp_path).items():
-        value = with_our_columns(
-            key, theirs.state_dict()[there]
-        )  # what batch norm has learned of the images and regions
+        value = with_our_columns(key, theirs.state_dict()[there])
+        # Among them what batch norm has learned of the images and regions.
         torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-3, atol=1e-3, msg=key)
 
 

@@ -32,7 +32,7 @@ from model.mask_rcnn import MaskRCNN
 from model.source_weights import WeightsError
 from model.torchvision_weights import coco_categories
 from model.weights import Report, fit_weights, import_weights, read_weights
-from tests.model.factories import tiny_config
+from tests.model.factories import channels_last_columns, tiny_config
 
 NAMES = ("cat", "dog", "owl")
 State = dict[str, Tensor]
@@ -156,7 +156,7 @@ def assert_loaded(state: State, theirs: State) -> None:
         if not name.endswith("num_batches_tracked"):
             expected = theirs[their_name(name)]
             if name == "box_head.fully_connected.0.weight":  # columns: theirs channel, row, column; ours channel last
-                expected = torch.cat([expected[:, cell::49] for cell in range(49)], dim=1)
+                expected = channels_last_columns(expected, 49)
             assert torch.equal(tensor, expected), name
 
 
@@ -229,7 +229,7 @@ class TestFiles:
         loaded = fit(saved(tmp_path / "v1.pth", theirs), config)[0]["box_head.fully_connected.0.weight"]
         weight = theirs["roi_heads.box_head.fc6.weight"]  # 8 channels of 3 x 3
         assert torch.equal(loaded[:, 8 * 5 + 2], weight[:, 9 * 2 + 5])  # channel 2 of the cell in row 1, column 2
-        assert torch.equal(loaded, torch.cat([weight[:, cell::9] for cell in range(9)], dim=1))
+        assert torch.equal(loaded, channels_last_columns(weight, 9))
 
     def test_safetensors(self, tmp_path: Path, small: State) -> None:
         save_file(small, tmp_path / "v1.safetensors")
