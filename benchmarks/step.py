@@ -57,7 +57,7 @@ def main() -> None:
 
     variants: dict[str, Callable[[int], None]] = {
         f"default ({default or torch.float32}, sparse ROIAlign)": step,
-        "torchvision's ROIAlign operator": step_with_operator,
+        "torchvision's ROIAlign operator, RPN losses from the whole pyramid": step_with_operator,
         "fp32": lambda number: step(number, None),
     }
     for number in range(WARM_UP_STEPS):
