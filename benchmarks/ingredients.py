@@ -63,7 +63,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "multistep": {"optim.schedule": "multistep", "optim.milestones": [500, 670]},
     "ema": {"optim.ema_decay": 0.99},
     "accumulation": {"train.batch_size_per_worker": 4, "train.accumulation_steps": 2},
-    "linear_scaling": {"optim.reference_batch_size": 16, "optim.learning_rate": 0.0012, "optim.warmup_steps": 50},
+    "linear_scaling": {"optim.reference_batch_size": 16, "optim.learning_rate": 0.0024, "optim.warmup_steps": 50},
     "scale_jitter": {"augment.short_side": [96, 128], "augment.short_side_step": 8},
     "large_scale_jitter": {"augment.large_scale_jitter": [0.8, 1.25]},
     "colour_jitter": {

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
         optional={"register": "name of a registered model that the result becomes a version of"},
         flags={"smoke": "train ten steps on the real data and cluster, as the run NAME-smoke, and stop"},
     )
-    config = options.experiment
+    config = real = options.experiment
     if options.smoke and options.register:
         raise ConfigurationError("--register: a smoke test gives nothing to register; leave one of them out")
 
@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> None:
         cluster.connect(options.debug)
         data = prepare.write(config, checked, say)
         summary = launch.train(config, data, weights, say)
+        if options.smoke:
+            say(smoke.forecast(real, data, summary))
     if options.register:
         summary = {**summary, **launch.register(config, options.register, summary, say)}
     say_summary(summary)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline import run_state, storage
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
+from pipeline.prepare import PreparedData
+from pipeline.progress import duration
+from pipeline.shards import ShardSet
+from pipeline.training_plan import make_plan, total_steps
 
 STEPS = 10
 SUFFIX = "-smoke"
@@ -33,3 +39,19 @@ def forget_last_smoke(config: ExperimentConfig) -> None:
     if not config.run.name.endswith(SUFFIX) or state is None or state.config["train"]["max_steps"] != STEPS:
         raise UserError(f"{folder}: is not the run of a smoke test; move it away, or take another --run.name")
     storage.delete_folder(folder)
+
+
+def forecast(config: ExperimentConfig, data: PreparedData, summary: dict[str, Any]) -> str:
+    """How long the real training will take, by the step of the smoke test that was timed.
+
+    Args:
+        config: of the real training.
+        data: what both train on.
+        summary: of the smoke test; `step_seconds` in it is of its third step, so that neither the wait for the first
+            batch nor the warm-up of the first steps counts.
+    """
+    steps = total_steps(config, make_plan(config, ShardSet(data.training)))
+    # The exchange lies within the backward pass.
+    seconds = sum(value for name, value in summary["step_seconds"].items() if name != "seconds_all_reduce")
+    whole = duration(steps * seconds)
+    return f"smoke: all {steps} steps of {config.run.name} would take about {whole}, evaluations left out"

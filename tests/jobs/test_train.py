@@ -16,6 +16,7 @@ from pipeline.checkpoint_reference import best_checkpoint_of_run
 from pipeline.evaluation import AP_METRICS
 from pipeline.inference import load
 from pipeline.mlflow_runs import default_uri
+from pipeline.progress import duration
 from tests.jobs.running import Outcome, run_job, run_until_then_kill, write_small_experiment
 
 pytestmark = pytest.mark.cluster
@@ -86,6 +87,17 @@ def test_mlflow_holds_the_artifacts(trained: Outcome, folder: Path, tmp_path: Pa
     assert pictures == [f"pictures/step-{step:07d}.png" for step in (6, 12, 18)]
     with Image.open(client.download_artifacts(run_id, pictures[-1], str(tmp_path))) as picture:
         assert picture.width > 2 * 400
+
+
+def test_a_smoke_test_tells_how_long_the_real_training_takes(config: str, folder: Path) -> None:
+    outcome = run_job("train", "--config", config, "--run.name", "tried", "--smoke")
+    assert outcome.exit_code == 0, outcome.errors
+    assert outcome.last_line["steps"] == 10
+    assert not (folder / "runs" / "tried").exists()
+    seconds = outcome.last_line["step_seconds"]
+    step = sum(seconds[f"seconds_{part}"] for part in ("data_wait", "copy", "forward", "backward", "optimizer"))
+    whole = duration(LAST_STEP * step)
+    assert f"smoke: all 18 steps of tried would take about {whole}, evaluations left out" in outcome.output
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Outcome, config: str, folder: Path) -> None:
