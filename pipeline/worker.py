@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,6 @@ from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
 from pipeline.bad_steps import BadSteps, check_scale
 from pipeline.batch_shares import batch_share
-from pipeline.batches import PlannedBatches
 from pipeline.checkpoint import (
     AVERAGE_FILE,
     Description,
@@ -29,13 +27,10 @@ from pipeline.checkpoint import (
     read_description,
 )
 from pipeline.checkpoint_store import CheckpointStore, local_folder
-from pipeline.checkpoint_writer import CheckpointWriter, checkpoint_bytes
-from pipeline.cluster import cpus_beside
-from pipeline.cluster_metrics import ClusterMetrics
+from pipeline.checkpoint_writer import checkpoint_bytes
 from pipeline.config import ExperimentConfig
 from pipeline.ema import averaged_copy, update_average
-from pipeline.errors import SharedError, UserError
-from pipeline.evaluation import average_precision, evaluate_rows, predict_rows, proposal_recall, rows_of_worker
+from pipeline.errors import SharedError
 from pipeline.freezing import freeze
 from pipeline.gradient_exchange import adds_in_fixed_order, exchange_gradients, pin_arithmetic
 from pipeline.initial_weights import load_initial_weights
@@ -43,10 +38,9 @@ from pipeline.ledger import StepLedger, peak_memory_megabytes
 from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
-from pipeline.report import draw_comparison
 from pipeline.shards import ShardSet
 from pipeline.stopping import JUDGED_METRICS, stop_reason
-from pipeline.stream import LoadBlock, planned_blocks, split_stream, steps_per_block
+from pipeline.stream import LoadBlock
 from pipeline.tracking import NAMESPACE, SHOW_GROUP
 from pipeline.training import (
     STEP_METRICS,
@@ -60,12 +54,10 @@ from pipeline.training_plan import epoch_ends, make_plan, total_steps
 from pipeline.trials import SweepJudge
 from pipeline.update_guard import UpdateGuard
 from pipeline.watchdog import Pulse, first_beat
-
-NUM_PICTURES = 4
-EVALUATION_BATCH_SIZE = 8
-JOURNAL_SECONDS = 30.0  # a checkpoint waits at most so long for the metrics before it to be on a disk
-MESSAGE_LENGTH = 900  # Ray Train broadcasts less than 1 kB
-MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a millisecond before the first batch comes
+from pipeline.worker_batches import WorkerBatches
+from pipeline.worker_checkpoints import WorkerCheckpoints
+from pipeline.worker_evaluation import WorkerEvaluation
+from pipeline.worker_voice import WorkerVoice
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -116,18 +108,16 @@ class Worker:
         pin_arithmetic(self.config, self.device.type)
         self.data = PreparedData(settings["training"], settings["validation"])
         self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
-        self.cpus_for_data: float = settings["cpus_for_data"]
         self.initial_weights: str | None = settings["initial_weights"]
         self.judge = SweepJudge(*settings["trial"]) if settings["trial"] is not None else None
         run_actor = ray.get_actor(settings["tracker"], namespace=NAMESPACE)
-        self.tracker = run_actor if self.rank == 0 else None
+        self.voice = WorkerVoice(run_actor if self.rank == 0 else None, self.config.run.name)
         group = ray.train.collective.broadcast_from_rank_zero(uuid.uuid4().hex)
         beat = first_beat(group, self.rank, self.num_workers, ray.get_runtime_context().get_node_id())
         self.pulse = Pulse(beat, run_actor.beat.options(concurrency_group=SHOW_GROUP).remote)
         images = self.config.train.batch_size_per_worker
         self.share = batch_share(self.config.global_batch_size, self.num_workers, images)
 
-        self.cluster_metrics = ClusterMetrics(self.config.run.name)
         self.plan = make_plan(self.config, self.shards)
         self.last_step = total_steps(self.config, self.plan)
         self.dtype = autocast_dtype(self.config.train.precision, self.device.type)
@@ -149,13 +139,14 @@ class Worker:
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
-        self.store = CheckpointStore(settings["run_folder"])
-        self.writer = CheckpointWriter(self.store, self.config.checkpoints) if self.rank == 0 else None
-        self.unreported: dict[str, Any] | None = None
-        self.last_logged: Any = None
-        self.gloo = self._object_group()
-        shared = (self.store.run_folder, self.last_step, self.rank, self.num_workers, self.share.passes, self.dtype)
-        self.bad_steps = BadSteps(self.config, self.plan, self._load_block(), self.shards, *shared, self.gloo)
+        run_folder: str = settings["run_folder"]
+        self.checkpoints = WorkerCheckpoints(CheckpointStore(run_folder), self.config.checkpoints, self.rank)
+        self.evaluation = WorkerEvaluation(self.validation, self.rank, self.num_workers, self.device, self.dtype)
+        load, place = self._load_block(), (self.rank, self.num_workers)
+        cpus = settings["cpus_for_data"]
+        self.batches = WorkerBatches(self.config, self.shards, self.plan, load, self.share, *place, cpus)
+        shared = (run_folder, self.last_step, *place, self.share.passes, self.dtype, self.evaluation.group)
+        self.bad_steps = BadSteps(self.config, self.plan, load, self.shards, *shared)
         self.ledger: StepLedger | None = None
 
     def restore(self) -> None:
@@ -164,7 +155,7 @@ class Worker:
         Raises:
             SharedError: the disk has no room for checkpoints.
         """
-        newest = self._newest_checkpoint()
+        newest = self.checkpoints.newest(checkpoint_bytes(self.model, self.optimizer, self.averaged), self.voice.warn)
         if newest is None:
             if self.initial_weights is not None:
                 load_initial_weights(self.initial_weights, self.model)
@@ -187,35 +178,6 @@ class Worker:
         if self.judge is not None:
             self.stopped = self.stopped or self.judge.verdict()
         self.speed_before = description.images_per_second
-
-    def _newest_checkpoint(self) -> str | None:
-        """Rank 0 looks, all agree; what it refuses it says aloud."""
-        import ray.train.collective
-
-        newest, problem = None, None
-        if self.rank == 0:
-            self.store.remove_unfinished()
-            newest = self.store.newest_whole(self._warn)
-            keep = self.config.checkpoints.keep_best + self.config.checkpoints.keep_last
-            try:
-                self.store.check_room(checkpoint_bytes(self.model, self.optimizer, self.averaged), keep)
-            except UserError as error:
-                problem = str(error)
-        self._stop_together(problem)
-        agreed: str | None = ray.train.collective.broadcast_from_rank_zero(newest)
-        return agreed
-
-    def _stop_together(self, problem: str | None) -> None:
-        """Raise on all workers what rank 0 has found.
-
-        Raises:
-            SharedError: there is a problem.
-        """
-        import ray.train.collective
-
-        problem = ray.train.collective.broadcast_from_rank_zero(problem[:MESSAGE_LENGTH] if problem else None)
-        if problem is not None:
-            raise SharedError(problem)
 
     def train(self) -> None:
         """Step through the rest of the plan."""
@@ -243,7 +205,7 @@ class Worker:
         checkpointed_at = time.monotonic()
         fetched: list[Tensor] = []
         pace = _Pace()
-        batches = self._batches()
+        batches = self.batches.of_steps(self.step, self.last_step)
         while self.step < self.last_step and not self.stopped:
             waiting_since = time.monotonic()
             self.pulse.at(self.step, "waiting for data of step")
@@ -291,39 +253,6 @@ class Worker:
     def _on_device(self, batch: Batch) -> Batch:
         return batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
 
-    def _batches(self) -> Iterator[Batch]:
-        """Batches of this worker from the present step to the last."""
-        per_block = steps_per_block(self.shards.manifest.canvases, self.share.images * self.share.passes)
-        steps = max(1, MAX_BLOCKS_PER_STREAM // self.num_workers) * per_block
-        for first_step in range(self.step, self.last_step, steps):
-            yield from self._stream(first_step, min(first_step + steps, self.last_step), per_block)
-
-    def _stream(self, first_step: int, last_step: int, per_block: int) -> PlannedBatches:
-        """Batches of this worker for some steps; rank 0 builds the stream for all.
-
-        Not through `datasets=` of the trainer: only here is it known from which checkpoint the run goes on.
-        """
-        import ray.train.collective
-
-        iterators = None
-        if self.rank == 0:
-            blocks = planned_blocks(self.plan, first_step, last_step, self.num_workers, per_block)
-            load = self._load_block()
-            store_bytes = self.config.data.object_store_megabytes * 1024 * 1024
-            cpus = min(self.cpus_for_data, cpus_beside(self.num_workers * self.config.scaling.cpus_per_worker))
-            iterators = split_stream(blocks, load, self.num_workers, cpus, store_bytes)
-        iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
-        return PlannedBatches(
-            iterators[self.rank],
-            self.shards.manifest.active_classes(),
-            first_step,
-            last_step,
-            self.rank,
-            self.share.images,
-            self.num_workers,
-            self.share.passes,
-        )
-
     def _load_block(self) -> LoadBlock:
         """What turns planned rows into samples."""
         config, digest = self.config, self.shards.manifest.digest
@@ -356,7 +285,7 @@ class Worker:
         to_log: list[tuple[int, dict[str, float]]] = []
         for offset, row in enumerate(rows):
             if is_bad(row):
-                self._warn(self.bad_steps.take(first_step + offset, row, self.model, self.scaler, self.step))
+                self.voice.warn(self.bad_steps.take(first_step + offset, row, self.model, self.scaler, self.step))
             self.step_metrics = {
                 **dict(zip(STEP_METRICS, row, strict=True)),
                 "learning_rate": learning_rate(first_step + offset, self.last_step, schedule),
@@ -365,7 +294,7 @@ class Worker:
                 **step_seconds,
             }
             to_log.append((first_step + offset + 1, self.step_metrics))
-        self._log_rows(to_log)
+        self.voice.log_rows(to_log)
         check_scale(self.scaler, self.step)
         self._show(
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
@@ -378,53 +307,24 @@ class Worker:
     def _evaluate(self) -> None:
         """COCO AP on the validation rows, shared out among the workers."""
         self.pulse.at(self.step, "evaluation")
-        if self.num_workers > 1:
-            # Norm statistics are each worker's own since the last forward pass; rank 0's go into the checkpoint.
-            for buffer in [*self.model.buffers(), *(self.averaged.buffers() if self.averaged else ())]:
-                torch.distributed.broadcast(buffer, src=0)
-        rows = rows_of_worker(len(self.validation), self.rank, self.num_workers)
-        recall = self.config.train.rpn_recall
-        seen = evaluate_rows(self._judged(), self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype, recall)
-        everything: list[Any] | None = [None] * self.num_workers if self.rank == 0 else None
-        if self.num_workers > 1:
-            torch.distributed.gather_object(seen, everything, dst=0, group=self.gloo)
-        else:
-            everything = [seen]
-        message: list[Any] = [None, None]  # metrics, and the sweep's reason to stop
-        if self.rank == 0:
-            assert everything is not None
-            together = [entry for part in everything for entry in part]
-            manifest = self.validation.manifest
-            precision = average_precision(together, manifest.num_rows, manifest.num_classes)
-            message[0] = {**precision, **proposal_recall(together)}
-            if self.judge is not None:
-                is_last = self.step >= self.last_step
-                message[1] = self.judge.judge(self.step, self._epoch(), is_last, {**self.step_metrics, **message[0]})
-        if self.num_workers > 1:
-            torch.distributed.broadcast_object_list(message, src=0, group=self.gloo)
+        self.evaluation.share_statistics(self.model, self.averaged)
+        message: list[Any] = [self.evaluation.metrics(self._judged(), self.config.train.rpn_recall), None]
+        if self.rank == 0 and self.judge is not None:
+            is_last = self.step >= self.last_step
+            message[1] = self.judge.judge(self.step, self._epoch(), is_last, {**self.step_metrics, **message[0]})
+        message = self.evaluation.from_first(message)  # metrics, and the sweep's reason to stop
         self.metrics = message[0]
         self.evaluations.append({name: self.metrics[name] for name in JUDGED_METRICS})
         self.stopped = stop_reason(self.evaluations, self.config.train) or message[1]
-        self._log(self.step, {**self.metrics, "epoch": self._epoch()})
-        if self.tracker is not None:
-            self._show(evaluated=self.metrics)
-            self._draw_pictures()
+        self.voice.log(self.step, {**self.metrics, "epoch": self._epoch()})
+        self._show(evaluated=self.metrics)
+        picture = self.evaluation.picture(self._judged()) if self.rank == 0 else None
+        if picture is not None:
+            self.voice.log_picture(picture, f"step-{self.step:07d}.png")
 
     def _judged(self) -> MaskRCNN:
         """The weights that are evaluated and predicted with."""
         return self.averaged or self.model
-
-    def _draw_pictures(self) -> None:
-        """The first validation images with objects, predictions beside ground truth, to MLflow."""
-        with_objects = (row for row in range(len(self.validation)) if len(self.validation.read_row(row)["classes"]))
-        rows = [row for row, _ in zip(with_objects, range(NUM_PICTURES), strict=False)]
-        if not rows or self.tracker is None:
-            return
-        model = self._judged().eval()
-        found = list(predict_rows(model, self.validation, rows, EVALUATION_BATCH_SIZE, self.dtype))
-        model.train()
-        picture = draw_comparison(found, self.validation.manifest.class_names)
-        self.tracker.log_picture.remote(picture, f"step-{self.step:07d}.png")
 
     def _has_notice(self) -> bool:
         """Whether a node of this run is about to be taken back and the state has not been saved for that."""
@@ -434,79 +334,32 @@ class Worker:
         if info is None or set(info.preempted_node_ids) <= self.noticed:
             return False
         self.noticed |= set(info.preempted_node_ids)
-        if self.rank == 0:
-            self._warn(f"a node is about to be taken back; the state of step {self.step} is saved")
+        self.voice.warn(f"a node is about to be taken back; the state of step {self.step} is saved")
         return True
 
     def _checkpoint(self, evaluated: bool, wait: bool = False) -> None:
         """Save the state; an evaluated one is waited for, others are written while the training goes on."""
         self.pulse.at(self.step, "checkpoint")
-        self._finish_checkpoint()
-        if self.writer is not None:
-            description = Description(
-                step=self.step,
-                epoch=self._epoch(),
-                images_per_second=self._speed(),
-                metrics=self.metrics if evaluated else {},
-                class_names=list(self.shards.manifest.class_names),
-                manifest_digest=self.shards.manifest.digest,
-                config=self.config.model_dump(mode="json"),
-                evaluations=list(self.evaluations),
-                gradient_scaler=self.scaler.state_dict(),
-                skipped_steps=self.bad_steps.skipped,
-            )
-            state = capture(self.model, self.optimizer, self.averaged)
-            self.writer.start(state, description, self._wait_for_journal(self.last_logged))
-        score = self.metrics["segm_AP"] if evaluated else -1.0  # what was not evaluated is never the best
-        self.unreported = {"step": self.step, "segm_AP": score, "checkpoint_path": self.store.path(self.step)}
+        description = Description(
+            step=self.step,
+            epoch=self._epoch(),
+            images_per_second=self._speed(),
+            metrics=self.metrics if evaluated else {},  # what was not evaluated is never the best
+            class_names=list(self.shards.manifest.class_names),
+            manifest_digest=self.shards.manifest.digest,
+            config=self.config.model_dump(mode="json"),
+            evaluations=list(self.evaluations),
+            gradient_scaler=self.scaler.state_dict(),
+            skipped_steps=self.bad_steps.skipped,
+        )
+        state = functools.partial(capture, self.model, self.optimizer, self.averaged)
+        self.checkpoints.save(state, description, self.voice.journal())
         if evaluated or wait:
-            self._finish_checkpoint()
-
-    def _finish_checkpoint(self) -> None:
-        """Wait for the checkpoint under way and report it to Ray Train, which keeps none itself.
-
-        Raises:
-            SharedError: it could not be written.
-        """
-        import ray.train
-
-        if self.unreported is None:
-            return
-        self._stop_together(self.writer.finish() if self.writer is not None else None)
-        report, self.unreported = self.unreported, None
-        ray.train.report(report)
-
-    def _wait_for_journal(self, last_logged: Any) -> Callable[[], None]:
-        """What a checkpoint waits for before it counts: a resume from it would not log the steps before it again."""
-        import ray
-
-        def wait() -> None:
-            if last_logged is not None:
-                with contextlib.suppress(ray.exceptions.RayError):  # without a tracker there is nobody to tell
-                    ray.get(last_logged, timeout=JOURNAL_SECONDS)
-
-        return wait
-
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        self._log_rows([(step, metrics)])
-
-    def _log_rows(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        """Send metrics of steps to the tracker, without waiting."""
-        if self.tracker is not None:
-            self.last_logged = self.tracker.log_rows.remote(rows)
-            for step, metrics in rows:
-                self.cluster_metrics.show(step, metrics)
-
-    def _warn(self, text: str) -> None:
-        """Have the driver tell the user."""
-        if self.tracker is not None:
-            self.tracker.warn.options(concurrency_group=SHOW_GROUP).remote(text)
+            self.checkpoints.finish()
 
     def _show(self, **news: Any) -> None:
         """Tell the driver where the training is."""
-        if self.tracker is not None:
-            place = {"step": self.step, "last_step": self.last_step, "epoch": self._epoch()}
-            self.tracker.set_progress.options(concurrency_group=SHOW_GROUP).remote({**place, **news})
+        self.voice.show({"step": self.step, "last_step": self.last_step, "epoch": self._epoch(), **news})
 
     def _speed(self) -> float:
         """Images a second over the steps since this start, or those before where there are none."""
@@ -514,9 +367,3 @@ class Worker:
 
     def _epoch(self) -> float:
         return self.step * self.config.global_batch_size / self.plan.num_rows
-
-    def _object_group(self) -> Any:
-        """Process group that sends Python objects from memory to memory, also where tensors go over NCCL."""
-        if self.num_workers > 1 and self.device.type == "cuda":
-            return torch.distributed.new_group(backend="gloo")
-        return None
