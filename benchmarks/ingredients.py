@@ -154,7 +154,7 @@ def config_of(path: Path, name: str, seed: int, always: dict[str, Any]) -> Exper
     values = yaml.safe_load(path.read_text())
     recipe = ExperimentConfig.model_validate(values)
     changes = {"scaling.num_workers": 1, "train.batch_size_per_worker": recipe.global_batch_size, "train.seed": seed}
-    return with_changes(values, {**changes, **INGREDIENTS[name], **always})
+    return with_changes(values, {**changes, **always, **INGREDIENTS[name]})
 
 
 def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> ExperimentConfig:

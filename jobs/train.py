@@ -2,9 +2,9 @@
 
     python jobs/train.py --config configs/demo.yaml --run.name my-run --optim.learning_rate 0.001
 
-The same command again goes on from the last checkpoint. --smoke trains ten steps first, as a run of its own; --register
-NAME puts the result into MLflow's registry, as its champion if it is better than the present one. The last line printed
-is JSON.
+The same command again goes on from the last checkpoint. --smoke trains ten steps first, as a run of its own, and tells
+how long all would take; --register NAME puts the result into MLflow's registry, as champion if it is better than the
+present one. The last line printed is JSON.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
         __doc__ or "",
         arguments,
         optional={"register": "name of a registered model that the result becomes a version of"},
-        flags={"smoke": "train ten steps on the real data and cluster, as the run NAME-smoke, and stop"},
+        flags={"smoke": "train ten steps on the real data and cluster, as the run NAME-smoke, and tell the whole time"},
     )
     config = real = options.experiment
     if options.smoke and options.register:

@@ -322,6 +322,7 @@ def _summarise(folder: str, result: Any, run_id: str | None, seconds: float) -> 
     return {
         **{name: round(metrics[name], 4) for name in SUMMARY_METRICS},
         "images_per_second": result.return_value["images_per_second"],
+        "seconds_a_step": result.return_value["seconds_a_step"],
         "step_seconds": {name: round(value, 5) for name, value in result.return_value["step_seconds"].items()},
         "first_batch_seconds": result.return_value["first_batch_seconds"],
         "peak_memory_megabytes": result.return_value["peak_memory_megabytes"],

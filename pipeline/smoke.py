@@ -42,16 +42,17 @@ def forget_last_smoke(config: ExperimentConfig) -> None:
 
 
 def forecast(config: ExperimentConfig, data: PreparedData, summary: dict[str, Any]) -> str:
-    """How long the real training will take, by the step of the smoke test that was timed.
+    """How long the real training will take, by the median step of the smoke test.
 
     Args:
         config: of the real training.
         data: what both train on.
-        summary: of the smoke test; `step_seconds` in it is of its third step, so that neither the wait for the first
-            batch nor the warm-up of the first steps counts.
+        summary: of the smoke test.
     """
     steps = total_steps(config, make_plan(config, ShardSet(data.training)))
-    # The exchange lies within the backward pass.
-    seconds = sum(value for name, value in summary["step_seconds"].items() if name != "seconds_all_reduce")
+    seconds = summary["seconds_a_step"]
+    if seconds is None:
+        return f"smoke: too few steps were timed to tell how long the {steps} of {config.run.name} would take"
     whole = duration(steps * seconds)
-    return f"smoke: all {steps} steps of {config.run.name} would take about {whole}, evaluations left out"
+    run = config.run.name
+    return f"smoke: all {steps} steps of {run} would take about {whole}, without evaluations and checkpoints"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class Worker:
         self.device = ray.train.torch.get_device()
         pin_arithmetic(self.config, self.device.type)
         self.data = PreparedData(settings["training"], settings["validation"])
-        self.shards, self.validation = ShardSet(self.data.training), ShardSet(self.data.validation)
+        self.shards, validation = ShardSet(self.data.training), ShardSet(self.data.validation)
         self.initial_weights: str | None = settings["initial_weights"]
         self.judge = SweepJudge(*settings["trial"]) if settings["trial"] is not None else None
         run_actor = ray.get_actor(settings["tracker"], namespace=NAMESPACE)
@@ -139,9 +140,10 @@ class Worker:
         self.evaluations: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.images_trained, self.seconds_trained, self.speed_before = 0, 0.0, 0.0
+        self.paces: list[float] = []  # seconds a step, each over the steps logged together
         run_folder: str = settings["run_folder"]
         self.checkpoints = WorkerCheckpoints(CheckpointStore(run_folder), self.config.checkpoints, self.rank)
-        self.evaluation = WorkerEvaluation(self.validation, self.rank, self.num_workers, self.device, self.dtype)
+        self.evaluation = WorkerEvaluation(validation, self.rank, self.num_workers, self.device, self.dtype)
         load, place = self._load_block(), (self.rank, self.num_workers)
         cpus = settings["cpus_for_data"]
         self.batches = WorkerBatches(self.config, self.shards, self.plan, load, self.share, *place, cpus)
@@ -196,10 +198,10 @@ class Worker:
         exchange_gradients(parallel, self.config.train.gradient_compression, fixed_order)
         ledger = self.ledger = StepLedger(parallel, self.optimizer, self.device)
         parallel.train()
-        evaluations = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
-        checkpoints = evaluations | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
+        evaluated_at = epoch_ends(self.plan, self.last_step, self.config.train.evaluate_every_epochs)
+        saved_at = evaluated_at | epoch_ends(self.plan, self.last_step, self.config.checkpoints.every_epochs)
         if self.config.checkpoints.every_steps is not None:
-            checkpoints |= set(
+            saved_at |= set(
                 range(self.config.checkpoints.every_steps, self.last_step, self.config.checkpoints.every_steps)
             )
         checkpointed_at = time.monotonic()
@@ -220,15 +222,15 @@ class Worker:
             pace.steps += 1
             # On a CPU nothing has to be waited for to see at once whether the step was bad.
             is_known_bad = self.device.type == "cpu" and is_bad(fetched[-1][-1:].tolist())
-            if self.step not in checkpoints and self.step % self.config.train.log_every_steps and not is_known_bad:
+            if self.step not in saved_at and self.step % self.config.train.log_every_steps and not is_known_bad:
                 continue
             overdue = time.monotonic() - checkpointed_at > self.config.checkpoints.every_minutes * 60
-            checkpoint_now = self._log_steps(fetched, pace, overdue) or self.step in checkpoints
+            checkpoint_now = self._log_steps(fetched, pace, overdue) or self.step in saved_at
             notice = self._has_notice()
-            if self.step in evaluations:
+            if self.step in evaluated_at:
                 self._evaluate()
             if checkpoint_now or notice:
-                self._checkpoint(evaluated=self.step in evaluations, wait=notice)
+                self._checkpoint(evaluated=self.step in evaluated_at, wait=notice)
                 checkpointed_at = time.monotonic()
             fetched, pace = [], _Pace()
         if not self.stopped and next(batches, None) is not None:
@@ -243,6 +245,8 @@ class Worker:
         return {
             "steps": self.step,
             "images_per_second": round(self._speed(), 2),
+            # Not of the first steps, which wait for the stream to begin.
+            "seconds_a_step": round(statistics.median(self.paces[1:]), 5) if len(self.paces) > 1 else None,
             "step_seconds": self.ledger.means() if self.ledger is not None else {},
             "first_batch_seconds": self.ledger.first_batch_seconds if self.ledger is not None else None,
             "peak_memory_megabytes": round(peak_memory_megabytes(self.device)),
@@ -277,6 +281,7 @@ class Worker:
             torch.distributed.all_reduce(decision)
             values /= self.num_workers
         images_per_second = pace.steps * self.config.global_batch_size / seconds
+        self.paces.append(seconds / pace.steps)
         # The wait for the very first batch does not come again.
         steady = seconds - pace.waited if self.images_trained == pace.steps * self.config.global_batch_size else seconds
         rows = values.tolist()

@@ -16,7 +16,7 @@ MAX_BLOCKS_PER_STREAM = 4096  # each costs the driver of the stream about a mill
 
 
 class WorkerBatches:
-    """What this worker gets of the plan."""
+    """What this worker gets of the plan; all workers iterate alike, for each stream begins with a broadcast."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class WorkerCheckpoints:
     """Every worker has one, and calls the same methods at the same steps."""
 
     def __init__(self, store: CheckpointStore, settings: CheckpointSettings, rank: int) -> None:
-        self.store, self._settings = store, settings
+        self._store, self._settings = store, settings
         self._writer = CheckpointWriter(store, settings) if rank == 0 else None
         self._unreported: dict[str, Any] | None = None
 
@@ -36,10 +36,10 @@ class WorkerCheckpoints:
 
         newest, problem = None, None
         if self._writer is not None:
-            self.store.remove_unfinished()
-            newest = self.store.newest_whole(warn)
+            self._store.remove_unfinished()
+            newest = self._store.newest_whole(warn)
             try:
-                self.store.check_room(checkpoint_bytes, self._settings.keep_best + self._settings.keep_last)
+                self._store.check_room(checkpoint_bytes, self._settings.keep_best + self._settings.keep_last)
             except UserError as error:
                 problem = str(error)
         stop_together(problem)
@@ -63,7 +63,7 @@ class WorkerCheckpoints:
         if self._writer is not None:
             self._writer.start(state(), description, before_it_counts)
         score = description.metrics.get("segm_AP", -1.0)
-        path = self.store.path(description.step)
+        path = self._store.path(description.step)
         self._unreported = {"step": description.step, "segm_AP": score, "checkpoint_path": path}
 
     def finish(self) -> None:

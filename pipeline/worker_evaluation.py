@@ -18,7 +18,7 @@ EVALUATION_BATCH_SIZE = 8
 
 
 class WorkerEvaluation:
-    """Every worker has one, and calls `metrics` and `from_first` at the same steps."""
+    """Every worker has one, and calls all but `picture`, which is one's own, at the same steps."""
 
     def __init__(
         self, validation: ShardSet, rank: int, num_workers: int, device: torch.device, dtype: torch.dtype | None
@@ -48,7 +48,7 @@ class WorkerEvaluation:
         return message
 
     def share_statistics(self, *models: nn.Module | None) -> None:
-        """Norm statistics are each worker's own since the last forward pass; rank 0's go into the checkpoint."""
+        """Give all workers rank 0's norm statistics, which the checkpoint gets: a forward pass leaves each its own."""
         if self._num_workers > 1:
             for buffer in (buffer for model in models if model is not None for buffer in model.buffers()):
                 torch.distributed.broadcast(buffer, src=0)

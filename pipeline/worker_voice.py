@@ -32,7 +32,7 @@ class WorkerVoice:
                 self._cluster_metrics.show(step, metrics)
 
     def journal(self) -> Callable[[], None]:
-        """Waits until what was logged before this call is on a disk.
+        """What waits until all that was logged before this call is on a disk.
 
         A checkpoint waits for it before it counts: a resume from it would not log the steps before it again.
         """

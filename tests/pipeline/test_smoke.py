@@ -8,7 +8,8 @@ from jobs.train import main
 from pipeline.command_line import ConfigurationError, parse
 from pipeline.errors import UserError
 from pipeline.run_state import RunState, write_run
-from pipeline.smoke import forget_last_smoke, smoke_config
+from pipeline.smoke import forecast, forget_last_smoke, smoke_config
+from tests.pipeline.factories import Prepared
 from tests.pipeline.small import small_config
 
 
@@ -21,6 +22,18 @@ def test_ten_steps_beside_the_real_run(tmp_path: Path) -> None:
     assert smoke.model == config.model
     assert smoke.data == config.data
     assert config.train.max_steps == 90_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (2.5, "smoke: all 1440 steps of real would take about 1:00:00, without evaluations and checkpoints"),
+        (None, "smoke: too few steps were timed to tell how long the 1440 of real would take"),
+    ],
+)
+def test_the_forecast_by_hand(prepared: Prepared, seconds: float | None, told: str) -> None:
+    config = small_config(run={"name": "real"}, train={"epochs": 1e6, "max_steps": 1440})
+    assert forecast(config, prepared.data, {"seconds_a_step": seconds}) == told
 
 
 def test_an_earlier_smoke_test_is_forgotten(tmp_path: Path) -> None:
