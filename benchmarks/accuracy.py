@@ -35,7 +35,7 @@ from torchvision.ops import MultiScaleRoIAlign, poolers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from benchmarks.ingredients import batches_of_rank, free_port, prepare_data, with_changes
-from benchmarks.results import Table, show
+from benchmarks.results import Table, named, show
 from model.canvas import image_windows, normalise
 from model.config import ModelConfig
 from model.losses import LOSS_NAMES
@@ -213,7 +213,7 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     ours = config, prepare_data(config, options.folder / "ours")
     recipes = dict.fromkeys(KINDS, ours) | {THEIRS: (peer, prepare_data(peer, options.folder / "torchvision"))}
-    settings = [str(options.config), options.set, options.minutes, PEER_RECIPE]
+    settings = [named(options.config), options.set, options.minutes, PEER_RECIPE]
     done: dict[str, Any] = {"settings": settings, "seconds_a_step": {}, "trainings": []}
     if options.json and options.json.exists():
         raw = json.loads(options.json.read_text())["raw"]

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from benchmarks.results import named
 from model.mask_rcnn import MaskRCNN
 from model.structures import Batch
 from model.synchronised_norm import synchronise_norms
@@ -119,7 +120,7 @@ def main() -> None:
     print(f"data: there after {time.monotonic() - started:.0f} s", flush=True)
     seeds = {name: range(options.seeds) for name in names} | {PLAIN: range(options.plain_seeds or options.seeds)}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    settings = [str(options.config), options.set]
+    settings = [named(options.config), options.set]
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
         if report["settings"] != settings:

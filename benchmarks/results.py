@@ -29,6 +29,15 @@ class Table:
     """All single measurements, so that nobody has to trust a median."""
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def named(path: Path) -> str:
+    """A file as figures name it: below the repository, if it lies there, so that every checkout names it the same."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
 def machine() -> dict[str, Any]:
     """Processor, its cores that may be used, what it knows of bf16, versions, date."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
