@@ -1,4 +1,4 @@
-"""A training of ten steps on the real cluster, before the real thing."""
+"""A training of ten steps on the real cluster, before the real thing, and what it tells of that."""
 
 from __future__ import annotations
 
@@ -50,9 +50,8 @@ def forecast(config: ExperimentConfig, data: PreparedData, summary: dict[str, An
         summary: of the smoke test.
     """
     steps = total_steps(config, make_plan(config, ShardSet(data.training)))
-    seconds = summary["seconds_a_step"]
+    run, seconds = config.run.name, summary["seconds_a_step"]
     if seconds is None:
-        return f"smoke: too few steps were timed to tell how long the {steps} of {config.run.name} would take"
+        return f"smoke: too few steps were timed to tell how long the {steps} of {run} would take"
     whole = duration(steps * seconds)
-    run = config.run.name
     return f"smoke: all {steps} steps of {run} would take about {whole}, without evaluations and checkpoints"
