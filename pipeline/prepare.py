@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 from pipeline import preflight, storage
-from pipeline.anchor_advice import Objects, anchors_in_words
-from pipeline.coco import ClassMap, CocoFile, ImageRecord, classes_of_source, read_coco_file, unite_classes
+from pipeline.anchor_advice import anchors_in_words
+from pipeline.checked_data import CheckedData, CheckedSplit, findings_of, report_failure
+from pipeline.coco import ClassMap, CocoFile, classes_of_source, read_coco_file, unite_classes
 from pipeline.config import ExperimentConfig
-from pipeline.contact_sheet import make_tiles
+from pipeline.content_keys import content_key, default_folder, digest_of_images, holds, row_settings
 from pipeline.holding_out import hold_out
 from pipeline.preflight import (
-    Findings,
     boxes_on_canvas,
-    describe,
     has_report,
     read_findings,
     write_findings,
     write_report,
 )
-from pipeline.problems import PolicyError, Problem, Quarantined, count_kinds, raise_errors
+from pipeline.problems import PolicyError, Problem, count_kinds, raise_errors
 from pipeline.progress import duration
-from pipeline.record_checks import below_a_folder, check_records, paths_by_base_name
-from pipeline.row_encoding import RowSettings
+from pipeline.record_checks import check_records
 from pipeline.shard_writer import Contents, write_shards
-from pipeline.shards import FORMAT_VERSION, MANIFEST, Manifest, Source, read_manifest
+from pipeline.shards import MANIFEST, Manifest, Source, read_manifest
 from pipeline.synthetic import write_shapes
 from pipeline.verification import verify_shards
 
@@ -46,42 +39,6 @@ class PreparedData:
 
     training: str
     validation: str
-
-
-@dataclass(frozen=True)
-class CheckedSplit:
-    """Training or validation rows, checked as far as that goes without opening images."""
-
-    name: str
-    folder: str
-    """Of its shards."""
-    key: str
-    """Digest of what the shards are made from."""
-    files_key: str
-    """Digest of names, sizes and times of the image files."""
-    is_there: bool
-    """Whether the folder holds these shards already; then there are no records."""
-    files: list[CocoFile] = field(default_factory=list)
-    records: list[ImageRecord] = field(default_factory=list)
-    sources: list[Source] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    quarantined: list[Quarantined] = field(default_factory=list)
-
-    @property
-    def num_read(self) -> tuple[int, int]:
-        """Images and annotations that the files list."""
-        return sum(len(file.images) for file in self.files), sum(len(file.annotations) for file in self.files)
-
-
-@dataclass(frozen=True)
-class CheckedData:
-    """What `write` makes shards of."""
-
-    folder: str
-    """Of the report; the shards lie below it."""
-    class_map: ClassMap
-    training: CheckedSplit
-    validation: CheckedSplit
 
 
 def prepare(config: ExperimentConfig, say: Say) -> PreparedData:
@@ -124,9 +81,9 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     class_map = unite_classes(training_files)
     validated = _image_paths(validation_files)
     in_both = validated & _image_paths(training_files)
-    training_key = _content_key(config, "training", training_files, class_map, in_both)
-    validation_key = _content_key(config, "validation", validation_files, class_map)
-    folder = storage.absolute(data.shards) if data.shards else _default_folder(config, training_key, validation_key)
+    training_key = content_key(config, "training", training_files, class_map, in_both)
+    validation_key = content_key(config, "validation", validation_files, class_map)
+    folder = storage.absolute(data.shards) if data.shards else default_folder(config, training_key, validation_key)
     stamps = {path: storage.list_stamps(path) for path in {f.images_folder for f in training_files + validation_files}}
     checked = CheckedData(
         folder,
@@ -212,8 +169,8 @@ def _check_split(
     validated: Container[str] = (),
 ) -> CheckedSplit:
     folder = storage.join(parent, name)
-    files_key = _files_key(files, stamps)
-    split = CheckedSplit(name, folder, key, files_key, _holds(folder, key, files_key))
+    files_key = digest_of_images(files, stamps)
+    split = CheckedSplit(name, folder, key, files_key, holds(folder, key, files_key))
     for index, file in enumerate(files if not split.is_there else []):
         class_of_category, active_class_ids = classes_of_source(file, class_map)
         category_of_class = {class_id: category for category, class_id in reversed(class_of_category.items())}
@@ -226,34 +183,6 @@ def _check_split(
             Source(file.path, tuple(active_class_ids), tuple(category_of_class[c] for c in active_class_ids))
         )
     return split
-
-
-def _files_key(files: Sequence[CocoFile], stamps: dict[str, dict[str, str]]) -> str:
-    """Digest of names, sizes and times of the image files: another one means that images may have changed."""
-    digest = hashlib.sha256()
-    for file in files:
-        present = stamps[file.images_folder]
-        by_base_name = paths_by_base_name(present)
-        for image in file.images:
-            name = str(image.get("file_name"))
-            path = posixpath.normpath(name)
-            places = [path] if path in present else below_a_folder(path, by_base_name)
-            stamps_of_name = " ".join(present[place] for place in places) or None
-            digest.update(f"{name} {stamps_of_name}\n".encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
-def _holds(folder: str, key: str, files_key: str) -> bool:
-    """Whether a folder has complete shards of this content, as far as can be told without reading them."""
-    if not all(storage.exists(storage.join(folder, name)) for name in (MANIFEST, preflight.FINDINGS)):
-        return False
-    manifest = read_manifest(folder)
-    present = storage.list_files(folder)
-    return (
-        manifest.content_key == key
-        and manifest.files_key == files_key
-        and all(shard["name"] in present for shard in manifest.shards)
-    )
 
 
 def _raise_first_error(config: ExperimentConfig, checked: CheckedData, say: Say) -> None:
@@ -273,42 +202,8 @@ def _raise_first_error(config: ExperimentConfig, checked: CheckedData, say: Say)
                     )
                 raise_errors(f"{file.path}: ", problems)
             except PolicyError as error:
-                _report_failure(config, checked, {split.name: (str(error), split.problems)}, say)
+                report_failure(config, checked, {split.name: (str(error), split.problems)}, say)
                 raise
-
-
-def _report_failure(
-    config: ExperimentConfig, checked: CheckedData, stopped: dict[str, tuple[str, list[Problem]]], say: Say
-) -> None:
-    """Write the report of data that are refused: to mend them, one wants to see everything at once."""
-    findings = []
-    for split in (checked.training, checked.validation):
-        if split.is_there:
-            findings.append(read_findings(split.folder))
-            continue
-        why, problems = stopped.get(split.name, ("the other split has problems", split.problems))
-        findings.append(_findings(config, checked, split, split.records, problems, split.quarantined, why))
-    write_report(checked.folder, findings, config.model.anchors)
-    say(f"data: what was found stands in {storage.join(checked.folder, preflight.PAGE)}")
-
-
-def _findings(
-    config: ExperimentConfig,
-    checked: CheckedData,
-    split: CheckedSplit,
-    records: Sequence[ImageRecord],
-    problems: Sequence[Problem],
-    quarantined: list[Quarantined],
-    stopped: str | None = None,
-    objects: Objects | None = None,
-) -> Findings:
-    names = checked.class_map.names
-    report = describe(
-        split.name, split.num_read, records, problems, quarantined, names, [f.path for f in split.files], stopped
-    )
-    tiles = make_tiles(records, problems, names, [file.images_folder for file in split.files])
-    nothing = Objects(np.zeros((0, 4)), np.zeros((0, 2), dtype=np.int64))
-    return Findings(report, tiles, quarantined, nothing if objects is None else objects)
 
 
 def _write_split(
@@ -318,7 +213,7 @@ def _write_split(
     contents = Contents(
         checked.class_map.names,
         split.sources,
-        _row_settings(config, split.name),
+        row_settings(config, split.name),
         config.data.rows_per_shard,
         split.key,
         split.files_key,
@@ -338,12 +233,12 @@ def _write_split(
         if not existed:
             storage.delete_folder(split.folder)
         if isinstance(error, PolicyError):
-            _report_failure(config, checked, {split.name: (str(error), split.problems + error.problems)}, say)
+            report_failure(config, checked, {split.name: (str(error), split.problems + error.problems)}, say)
         raise
     problems = split.problems + written.problems
     quarantined = split.quarantined + written.quarantined
     objects = boxes_on_canvas(written.records, written.objects, config.data.canvases, config.data.short_side)
-    found = _findings(config, checked, split, written.records, problems, quarantined, None, objects)
+    found = findings_of(checked, split, written.records, problems, quarantined, None, objects)
     write_findings(split.folder, found)
     if problems:
         say(f"data: {split.name} problems: {_in_words(_count_policies(problems))}")
@@ -375,39 +270,3 @@ def _progress_lines(what: str, unit: str, say: Say) -> Callable[[int, int], None
             say(f"data: {what}: {done} of {total} {unit}, {left} left")
 
     return show
-
-
-def _row_settings(config: ExperimentConfig, split: str) -> RowSettings:
-    return RowSettings.of(config.data, config.augment if split == "training" else None)
-
-
-def _content_key(
-    config: ExperimentConfig,
-    split: str,
-    files: Sequence[CocoFile],
-    class_map: ClassMap,
-    in_both: Iterable[str] = (),
-) -> str:
-    """Digest of everything that the shards of these files are a function of, image bytes excepted."""
-    digest = hashlib.sha256()
-    settings = _row_settings(config, split)
-    options = {
-        **vars(settings),
-        "policies": settings.policies.model_dump(),
-        "jpeg_quality": settings.jpeg_quality if settings.image_format == "jpeg" else None,
-        "format_version": FORMAT_VERSION,
-        "rows_per_shard": config.data.rows_per_shard,
-        "class_names": class_map.names,
-        "in_both": sorted(in_both),
-    }
-    digest.update(json.dumps(options, sort_keys=True).encode())
-    for file in files:
-        content = [file.path, file.images_folder, file.images, file.annotations, file.categories]
-        digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _default_folder(config: ExperimentConfig, training_key: str, validation_key: str) -> str:
-    """Below storage_path, so that the runs of one storage path share their shards."""
-    key = hashlib.sha256(f"{training_key} {validation_key}".encode()).hexdigest()
-    return storage.join(storage.absolute(config.run.storage_path), f"shards/{key[:16]}")
