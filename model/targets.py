@@ -93,8 +93,8 @@ def _object_and_crowd_iou(boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     iou = pairwise_iou(boxes, batch.boxes)
     is_object = (batch.classes > 0) & ~batch.is_crowd
     is_crowd = (batch.classes > 0) & batch.is_crowd
-    crowd_iou = torch.where(is_crowd[:, None, :], iou, 0.0).amax(dim=2)
-    return torch.where(is_object[:, None, :], iou, 0.0), crowd_iou
+    crowd_iou = (iou * is_crowd[:, None, :]).amax(dim=2)
+    return iou.mul_(is_object[:, None, :]), crowd_iou
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def match_anchors(anchors: Tensor, batch: Batch, config: ModelConfig) -> tuple[T
     iou, crowd_iou = _object_and_crowd_iou(anchors[None].expand(batch.num_images, -1, -1), batch)
     best_iou, matched_gt_index = iou.max(dim=2)  # (B, A)
     best_of_object = iou.amax(dim=1, keepdim=True)  # (B, 1, G)
-    best_for_an_object = ((iou == best_of_object) & (best_of_object > 0)).any(dim=2)
+    best_for_an_object = (iou == torch.where(best_of_object > 0, best_of_object, 2.0)).any(dim=2)
     positive = (best_iou >= config.rpn.positive_iou) | best_for_an_object
     negative = (best_iou < config.rpn.negative_iou) & ~positive & (crowd_iou < config.crowd_iou)
     return positive, negative, matched_gt_index
