@@ -63,9 +63,14 @@ bench-report:  ## README's table of performance, from benchmarks/results
 submit: setup  ## the demo as a Ray job: start a head node on the loopback, submit, follow, end it
 	@$(BIN)/python jobs/submit.py --config $(CONFIG) --storage_path $(RUNS) --run.name submitted $(ARGS)
 
-ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000
+ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000; MLFLOW_PORT=...
 	@mkdir -p $(RUNS)
-	@$(BIN)/mlflow ui --host 127.0.0.1 --workers 1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(MLFLOW_PORT)))' 2>/dev/null || \
+	  { echo "port $(MLFLOW_PORT) is taken; try make ui MLFLOW_PORT=5001"; exit 1; }
+	@echo "MLflow starts, which takes half a minute; then open"
+	@echo "  http://127.0.0.1:$(MLFLOW_PORT)/#/experiments/1/runs?workflowType=machine_learning   (Ctrl-C ends it)"
+	@PYTHONWARNINGS=ignore $(BIN)/mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
+	  --uvicorn-opts "--log-level warning" --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
 
 mlflow: setup  ## MLflow server for jobs of several machines to try: sqlite and files in runs/, http://127.0.0.1:5000
 	@mkdir -p $(RUNS)

@@ -25,13 +25,13 @@ from pipeline.optim import explain_scaling, scale_to_batch
 from pipeline.prepare import PreparedData
 from pipeline.progress import ProgressDisplay
 from pipeline.shards import ShardSet
+from pipeline.smoke import is_smoke
 from pipeline.training_plan import make_plan, total_steps
 from pipeline.training_record import (
     begin_run,
     deliver_the_rest,
     end_run,
     record_checkpoints,
-    say_link,
     start_tracker,
     write_down_run_id,
 )
@@ -116,7 +116,7 @@ def train(
     if state is not None:
         run_state.check_unchanged(state, config, folder)
         run_state.check_same_data(state, shards.manifest.digest, validation.manifest.digest, folder)
-    _explain(config, shards, validation, placement, folder, resumed=state is not None, say=say)
+    _explain(config, shards, validation, placement, folder, state, say)
     if weights is not None:
         weights.write()
 
@@ -124,7 +124,6 @@ def train(
     parent_run_id = trial.parent_run_id if trial is not None else None
     tracker = start_tracker(config, folder, tracker_name, state, data.training, parent_run_id)
     begin_run(tracker, config, state, folder, shards, validation)
-    say_link(tracker, say)
     if weights is not None and weights.report is not None:
         tracker.log_text.remote("\n".join(weights.report.lines(most_names=None)), "initial_weights.txt")
     status = "FAILED"
@@ -135,7 +134,7 @@ def train(
             raise UserError(f"training failed: {result.return_value['error']}")
         if result.return_value["stopped"]:
             say(f"train: stopped at step {result.return_value['steps']}: {result.return_value['stopped']}")
-        if trial is None:
+        if trial is None and not is_smoke(config):  # of ten steps there is nothing to keep
             record_checkpoints(tracker, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -192,7 +191,7 @@ def _explain(
     validation: ShardSet,
     placement: Placement,
     folder: str,
-    resumed: bool,
+    state: run_state.RunState | None,
     say: Say,
 ) -> None:
     steps = total_steps(config, make_plan(config, shards))
@@ -205,12 +204,29 @@ def _explain(
     )
     say(f"train: {explain_scaling(config.optim, config.global_batch_size)}")
     warmup_steps = scale_to_batch(config.optim, config.global_batch_size).warmup_steps
-    if warmup_steps >= steps:
+    if warmup_steps >= steps and not is_smoke(config):
         say(
             f"train: warning: a warm-up of {warmup_steps} steps is as long as the training of {steps}, so the learning "
             "rate never gets to its peak; lower optim.warmup_steps"
         )
-    say(f"train: {'going on with' if resumed else 'beginning'} run {config.run.name} in {folder}")
+    say(f"train: {_where_it_begins(config, steps, folder, state)}")
+
+
+def _where_it_begins(config: ExperimentConfig, steps: int, folder: str, state: run_state.RunState | None) -> str:
+    """Whether a run is new, and if not, how far it is and what is left."""
+    run = f"run {config.run.name} in {folder}"
+    if state is None:
+        return f"beginning {run}"
+    stored, result = CheckpointStore(folder).list(), run_state.read_result(folder)
+    step = stored[-1].description.step if stored else 0
+    if step >= steps:
+        return f"{run} has {step} steps already, and {_length(config)} makes {steps}: no step is left to train"
+    if result is not None:
+        return (
+            f"going on with {run}, which had finished at step {step} ({result.length}): {steps - step} steps more, "
+            f"since it is now {_length(config)}"
+        )
+    return f"going on with {run}, whose last checkpoint is of step {step} of {steps}"
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def explain_scaling(settings: OptimSettings, global_batch_size: int) -> str:
     """Where the learning rate of this training comes from, in one line."""
     scaled = scale_to_batch(settings, global_batch_size)
     if settings.reference_batch_size is None:
-        return f"learning rate {settings.learning_rate:g} as configured (optim.reference_batch_size is not set)"
+        return f"learning rate {settings.learning_rate:g} as configured"
     reference = settings.reference_batch_size
     line = (
         f"learning rate {settings.learning_rate:g} x {global_batch_size} / {reference} = {scaled.learning_rate:g} "

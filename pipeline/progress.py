@@ -24,12 +24,14 @@ def duration(seconds: float) -> str:
 
 
 def step_line(progress: dict[str, Any]) -> str:
-    """Epoch, step, the losses, images/s and the time left."""
+    """Epoch, step, the losses, images/s and the time left, None where it cannot be told yet."""
     losses = "  ".join(f"{name} {progress['losses'][name]:.3f}" for name in LOSS_NAMES)
+    left = progress["seconds_left"]
     return (
         f"epoch {progress['epoch']:.2f}  step {progress['step']}/{progress['last_step']}  "
         f"loss {progress['losses']['loss']:.3f} = {losses}  {progress['images_per_second']:.1f} images/s  "
-        f"data wait {progress['data_wait_fraction']:.1%}  {duration(progress['seconds_left'])} left"
+        f"data wait {progress['data_wait_fraction']:.1%}  "
+        + ("time left not known yet" if left is None else f"{duration(left)} left")
     )
 
 
@@ -52,6 +54,7 @@ class ProgressDisplay:
         self._problem: str | None = None
         self._notices_shown = 0
         self._line_is_open = False
+        self._link_shown = False
 
     def __enter__(self) -> ProgressDisplay:
         self._thread.start()
@@ -80,6 +83,9 @@ class ProgressDisplay:
         for notice in progress.get("notices", [])[self._notices_shown :]:
             self._notices_shown += 1
             self._print(f"warning: {notice}")
+        if progress.get("link") and not self._link_shown:
+            self._link_shown = True
+            self._print(f"mlflow: {progress['link']}")
         if "evaluated" in progress and progress["step"] != self._evaluated_step:
             self._evaluated_step = progress["step"]
             self._print(evaluation_line(progress))

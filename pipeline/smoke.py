@@ -23,6 +23,11 @@ def smoke_config(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"train": train, "run": run})
 
 
+def is_smoke(config: ExperimentConfig) -> bool:
+    """Whether this is the configuration of a smoke test."""
+    return config.run.name.endswith(SUFFIX) and config.train.max_steps == STEPS
+
+
 def forget_last_smoke(config: ExperimentConfig) -> None:
     """Remove the run of an earlier smoke test: one that is finished would have nothing left to show.
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
@@ -84,6 +85,7 @@ class Tracker:
             self._parent_run_id = record["run_id"] if record["kind"] == "parent" else self._parent_run_id
         self._held: dict[str, int] = {}  # last step of each metric that a run from before this journal holds
         self._run_id: str | None = None
+        self._experiment_id: str | None = None
         self._attached = threading.Event()
         self._delivering, self._closed = threading.Lock(), threading.Event()
         self._deliverer = threading.Thread(target=self._deliver_until_closed, daemon=True)
@@ -127,17 +129,16 @@ class Tracker:
         return self._run_id or self._journal.mark.run_id
 
     def link(self) -> str | None:
-        """Where a person sees the run, None where there is none."""
-        if self._run_id is None:
+        """Where a person sees the run, None as long as MLflow has not answered."""
+        if self._run_id is None or self._experiment_id is None:
             return None
-        try:
-            experiment_id = self._client().get_run(self._run_id).info.experiment_id
-        except Exception:  # a server that is away for the moment; the tracker tells when it stays away
-            return None
-        place = f"/#/experiments/{experiment_id}/runs/{self._run_id}"
+        # MLflow shows what it has for language models unless it is told otherwise.
+        place = f"/#/experiments/{self._experiment_id}/runs/{self._run_id}?workflowType=machine_learning"
         if self._uri.startswith(("http://", "https://")):
             return self._uri.rstrip("/") + place
-        return f"http://127.0.0.1:5000{place} after `make mlflow`"
+        folder = Path(self._uri.removeprefix("sqlite:///")).parent
+        command = "make ui" if folder.name == "runs" else f"make ui RUNS={folder}"
+        return f"http://127.0.0.1:5000{place} after `{command}`"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step; see `log_rows`."""
@@ -240,8 +241,9 @@ class Tracker:
         self._notices.append(text)
 
     def get_progress(self) -> dict[str, Any]:
-        """The latest progress, the latest problem with MLflow, and all that the user is to be told."""
-        return {**self._progress, "problem": self._problem, "notices": list(self._notices)}
+        """The latest progress, the run's page, the latest problem with MLflow, and all that the user is to be told."""
+        news = {"link": self.link(), "problem": self._problem, "notices": list(self._notices)}
+        return {**self._progress, **news}
 
     def _client(self) -> Any:
         from mlflow import MlflowClient
@@ -293,7 +295,7 @@ class Tracker:
         elif is_fresh:
             for name in run.data.metrics:
                 self._held[name] = max(metric.step for metric in client.get_metric_history(run.info.run_id, name))
-        run_id = str(run.info.run_id)
+        run_id, self._experiment_id = str(run.info.run_id), str(run.info.experiment_id)
         self._journal.deliver_to(run_id)
         return run_id
 

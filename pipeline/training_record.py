@@ -77,14 +77,6 @@ def begin_run(
     tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")
 
 
-def say_link(tracker: Any, say: Say) -> None:
-    """Where a person sees the run."""
-    import ray
-
-    if (link := ray.get(tracker.link.remote())) is not None:
-        say(f"mlflow: {link}")
-
-
 def record_checkpoints(tracker: Any, folder: str) -> None:
     """Have MLflow keep the best and the last checkpoint, and the best as a model that it can serve."""
     stored = CheckpointStore(folder).list()
@@ -101,25 +93,29 @@ def end_run(tracker: Any, status: str, say: Say, shown: bool) -> str | None:
     Args:
         tracker: of the run.
         status: of MLflow.
-        say: takes warnings.
-        shown: whether the user has been told of its notices.
+        say: takes lines for a person to read.
+        shown: whether the user was shown the training: then its notices are known, and its page is told.
     """
     import ray
 
     seconds = KILLED_SECONDS if status == "KILLED" else FINISH_SECONDS
     run_id: str | None = None
+    link: str | None = None
     problems: list[str] = []
     try:
         ray.get(tracker.finish.remote(status, seconds), timeout=seconds + 1)
         run_id = ray.get(tracker.run_id.remote(), timeout=5)
         show = tracker.get_progress.options(concurrency_group=SHOW_GROUP)
         progress = ray.get(show.remote(), timeout=5)
+        link = progress["link"]
         problems = [] if shown else progress["notices"]
         problems += [progress["problem"]] if progress["problem"] else []
     except (ray.exceptions.RayError, TimeoutError) as error:
         problems.append(f"the end of the run could not be recorded ({last_line(error)})")
     for problem in problems:
         say(f"warning: {problem}")
+    if shown and link is not None:
+        say(f"mlflow: curves, and pictures among the artifacts: {link}")
     return run_id
 
 

@@ -60,6 +60,9 @@ from pipeline.worker_checkpoints import WorkerCheckpoints
 from pipeline.worker_evaluation import WorkerEvaluation
 from pipeline.worker_voice import WorkerVoice
 
+LATE_PACES = 10
+"""Loggings that the time left goes by."""
+
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train from the latest checkpoint of the run to its last step.
@@ -245,8 +248,7 @@ class Worker:
         return {
             "steps": self.step,
             "images_per_second": round(self._speed(), 2),
-            # Not of the first steps, which wait for the stream to begin.
-            "seconds_a_step": round(statistics.median(self.paces[1:]), 5) if len(self.paces) > 1 else None,
+            "seconds_a_step": round(statistics.median(self._settled_paces()), 5) if self._settled_paces() else None,
             "step_seconds": self.ledger.means() if self.ledger is not None else {},
             "first_batch_seconds": self.ledger.first_batch_seconds if self.ledger is not None else None,
             "peak_memory_megabytes": round(peak_memory_megabytes(self.device)),
@@ -282,8 +284,6 @@ class Worker:
             values /= self.num_workers
         images_per_second = pace.steps * self.config.global_batch_size / seconds
         self.paces.append(seconds / pace.steps)
-        # The wait for the very first batch does not come again.
-        steady = seconds - pace.waited if self.images_trained == pace.steps * self.config.global_batch_size else seconds
         rows = values.tolist()
         schedule = scale_to_batch(self.config.optim, self.config.global_batch_size)
         step_seconds = self.ledger.means() if self.ledger is not None else {}
@@ -305,7 +305,7 @@ class Worker:
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
             data_wait_fraction=pace.waited / seconds,
-            seconds_left=(self.last_step - self.step) * steady / pace.steps,
+            seconds_left=self._seconds_left(),
         )
         return bool(decision.item() > 0)
 
@@ -365,6 +365,15 @@ class Worker:
     def _show(self, **news: Any) -> None:
         """Tell the driver where the training is."""
         self.voice.show({"step": self.step, "last_step": self.last_step, "epoch": self._epoch(), **news})
+
+    def _settled_paces(self) -> list[float]:
+        """Seconds a step since this start, the first steps left out: they wait for the stream, and fill caches."""
+        return self.paces[1:][len(self.paces) // 4 :]
+
+    def _seconds_left(self) -> float | None:
+        """By the pace of late; None where only first steps were timed."""
+        late = self._settled_paces()[-LATE_PACES:]
+        return (self.last_step - self.step) * statistics.median(late) if late else None
 
     def _speed(self) -> float:
         """Images a second over the steps since this start, or those before where there are none."""

@@ -76,7 +76,7 @@ def test_runs_are_recorded_and_registered(server: tuple[str, int], tmp_path: Pat
     assert run_id is not None
     tracker.log(1, {"loss": 1.0})
     tracker.log_folder(str(tmp_path / "checkpoint"), BEST_CHECKPOINT)
-    assert re.fullmatch(rf"{uri}/#/experiments/\d+/runs/{run_id}", tracker.link() or "")
+    assert re.fullmatch(rf"{uri}/#/experiments/\d+/runs/{run_id}\?workflowType=machine_learning", tracker.link() or "")
     tracker.finish("FINISHED")
     assert tracker.get_progress()["problem"] is None
     assert register(uri, "shapes", run_id, 0.5, "digest").champion

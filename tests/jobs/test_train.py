@@ -138,7 +138,8 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Outcome, config: str, 
     assert not (run_folder / "result.json").exists()
     resumed = run_job("train", *arguments)
     assert resumed.exit_code == 0, resumed.errors
-    assert "going on with run killed" in resumed.output
+    assert f"going on with run killed in {run_folder}, whose last checkpoint is of step 6 of 18" in resumed.output
+    assert "after `make ui" in resumed.output
     assert resumed.last_line["steps"] == LAST_STEP
 
     client = MlflowClient(default_uri(str(folder / "runs")))

@@ -1,12 +1,17 @@
 """What a training asks of Ray Train, and how it is ended."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
+from pipeline import run_state
+from pipeline.checkpoint import Description, TrainingState, write_state
+from pipeline.checkpoint_store import CheckpointStore
 from pipeline.config import ScalingSettings
 from pipeline.errors import Terminated
-from pipeline.launch import _starts_while_waiting, _worker_range, ending_on_sigterm
+from pipeline.launch import _length, _starts_while_waiting, _where_it_begins, _worker_range, ending_on_sigterm
+from tests.pipeline.small import small_config
 
 
 def test_sigterm_ends_a_training_as_an_interrupt_does() -> None:
@@ -44,3 +49,26 @@ def test_a_lost_node_is_waited_for_as_long_as_configured(monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     assert _starts_while_waiting(ScalingSettings(wait_for_nodes_minutes=30)) == 120
     assert _starts_while_waiting(ScalingSettings(wait_for_nodes_minutes=0.1)) == 1
+
+
+def test_where_a_run_begins_is_told(tmp_path: Path) -> None:
+    config = small_config(train={"epochs": 2.0})
+    folder, state = str(tmp_path), run_state.RunState({}, "a", "b", None)
+    begins = f"run {config.run.name} in {folder}"
+    assert _where_it_begins(config, 40, folder, None) == f"beginning {begins}"
+    assert (
+        _where_it_begins(config, 40, folder, state)
+        == f"going on with {begins}, whose last checkpoint is of step 0 of 40"
+    )
+    nothing = TrainingState({}, {"state": {}, "param_groups": []})
+    description = Description(20, 1.0, 1.0, {}, [], "digest", config.model_dump(mode="json"))
+    CheckpointStore(folder).commit(20, lambda place: write_state(place, nothing, description), lambda: None)
+    assert _where_it_begins(config, 40, folder, state).endswith(", whose last checkpoint is of step 20 of 40")
+    run_state.write_result(folder, run_state.RunResult(_length(small_config(train={"epochs": 1.0})), {}))
+    assert _where_it_begins(config, 40, folder, state) == (
+        f"going on with {begins}, which had finished at step 20 (epochs 1, max_steps None): 20 steps more, "
+        "since it is now epochs 2, max_steps None"
+    )
+    assert _where_it_begins(config, 10, folder, state) == (
+        f"{begins} has 20 steps already, and epochs 2, max_steps None makes 10: no step is left to train"
+    )

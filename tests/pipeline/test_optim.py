@@ -170,7 +170,7 @@ def test_the_scaling_is_explained() -> None:
     assert line.startswith("learning rate 0.02 x 64 / 16 = 0.08 (linear with the global batch")
     assert line.endswith("warm-up 1000 x 16 / 64 = 250 steps; milestones [60000, 80000] -> [15000, 20000]")
     assert explain_scaling(ONE_TIMES, 16).startswith("learning rate 0.02 x 16 / 16 = 0.02 (")
-    assert explain_scaling(COSINE, 64) == "learning rate 0.02 as configured (optim.reference_batch_size is not set)"
+    assert explain_scaling(COSINE, 64) == "learning rate 0.02 as configured"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from model.losses import LOSS_NAMES
 from pipeline.progress import ProgressDisplay, duration, evaluation_line, step_line
 
 
@@ -38,6 +39,14 @@ def test_a_step_shows_epoch_step_losses_speed_and_time_left() -> None:
     )
 
 
+def test_the_time_left_waits_for_steps_that_are_as_the_rest() -> None:
+    losses = dict.fromkeys(("loss", *LOSS_NAMES), 1.0)
+    progress = {"epoch": 0.1, "step": 2, "last_step": 200, "losses": losses, "images_per_second": 1.0}
+    assert step_line({**progress, "data_wait_fraction": 0.5, "seconds_left": None}).endswith(
+        "  time left not known yet"
+    )
+
+
 def test_an_evaluation_shows_the_four_figures() -> None:
     metrics = {"bbox_AP": 0.1, "bbox_AP50": 0.2, "segm_AP": 0.3, "segm_AP50": 0.4, "segm_AP75": 0.5}
     line = evaluation_line({"epoch": 2.0, "step": 80, "last_step": 200, "evaluated": metrics})
@@ -47,7 +56,7 @@ def test_an_evaluation_shows_the_four_figures() -> None:
 def test_what_the_user_is_to_be_told_is_told_once() -> None:
     said: list[str] = []
     display = ProgressDisplay(None, said.append)
-    display._show({"step": 1, "problem": None, "notices": ["one"]})
-    display._show({"step": 2, "problem": "away", "notices": ["one", "two"]})
-    display._show({"step": 3, "problem": "away", "notices": ["one", "two"]})
-    assert said == ["warning: one", "warning: away", "warning: two"]
+    display._show({"step": 1, "link": None, "problem": None, "notices": ["one"]})
+    display._show({"step": 2, "link": "http://page", "problem": "away", "notices": ["one", "two"]})
+    display._show({"step": 3, "link": "http://page", "problem": "away", "notices": ["one", "two"]})
+    assert said == ["warning: one", "warning: away", "warning: two", "mlflow: http://page"]

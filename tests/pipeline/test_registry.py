@@ -31,7 +31,7 @@ def ended_run(uri: str, folder: Path, name: str, with_checkpoint: bool = True) -
         tracker.log_folder(str(checkpoint), BEST_CHECKPOINT)
     link = tracker.link()
     assert link is not None
-    assert link.endswith(f"/runs/{run_id} after `make mlflow`")
+    assert link.endswith(f"/runs/{run_id}?workflowType=machine_learning after `make ui RUNS={folder}`")
     tracker.finish("FINISHED")
     return run_id
 
