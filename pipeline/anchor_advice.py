@@ -21,7 +21,7 @@ FloatArray = npt.NDArray[np.float64]
 STRIDES = (4, 8, 16, 32, 64)  # input pixels a cell of P2..P6
 LEVELS = ("P2", "P3", "P4", "P5", "P6")
 GOOD_IOU, POOR_IOU = 0.7, 0.5
-FEW = 0.9  # share of objects that anchors should reach at the lower of these
+ENOUGH = 0.9  # share of objects that anchors should reach at the lower of these
 DOUBLING = "best doubling scales"
 KMEANS_ROUNDS = 100
 SMALLEST_SCALES = tuple(4 * 2 ** (quarter / 4) for quarter in range(17))  # 4 to 64 on P2
@@ -190,23 +190,27 @@ def advise(objects: Objects, anchors: AnchorConfig) -> dict[str, Any]:
 
 
 def anchors_in_words(advice: dict[str, Any]) -> str:
-    """A line for a person: what the configured anchors reach, and where that is little, what would reach more.
+    """A line for a person: what the configured anchors reach, and whether to keep them.
 
     Args:
         advice: from `advise`.
     """
     configured = advice["configured"]
     if configured["recall_50"] is None:
-        return "anchors: there are no objects to judge them by"
+        return "there are no objects to judge the anchors by"
     reached = f"{configured['recall_50']:.1%} of the objects by {POOR_IOU}, {configured['recall_70']:.1%} by {GOOD_IOU}"
-    text = f"anchors: model.anchors.scales {configured['scales']} overlap {reached}"
-    if configured["recall_50"] >= FEW:
-        return text
-    # Not the k-means scales: they often lose in a training, whatever they reach here.
+    text = f"model.anchors.scales {configured['scales']} overlap {reached}"
+    # Not the higher overlap: `match_anchors` makes the best anchor of every object positive, however little it overlaps
+    # it, so that an object below the higher one is trained on all the same, if by fewer anchors.
+    if configured["recall_50"] >= ENOUGH:
+        return f"{text}; keep them ({ENOUGH:.0%} by {POOR_IOU} are enough)"
+    # Not the k-means scales: they often lose in a training, whatever they reach here. Nor is it said that the doubling
+    # ones win: on the nuclei they do not.
     better = next(entry for entry in advice["candidates"] if entry["name"] == DOUBLING)
+    text += f"; few ({ENOUGH:.0%} by {POOR_IOU} are enough):"
     if better["recall_50"] <= configured["recall_50"]:
-        return f"{text}; few: larger data.canvases would help, if the objects are small on them"
-    return f"{text}; few: {better['scales']} would reach {better['recall_50']:.1%} by {POOR_IOU}"
+        return f"{text} larger data.canvases would help, if the objects are small on them"
+    return f"{text} try {better['scales']}, which overlap {better['recall_50']:.1%}, and take what trains better"
 
 
 def search_space(advice: dict[str, Any]) -> str:
@@ -218,7 +222,8 @@ def search_space(advice: dict[str, Any]) -> str:
     }
     lines = [
         "# What:    anchors worth a sweep, from jobs/prepare.py's look at the training boxes; configured ones first.",
-        "# Result:  recall at IoU 0.5 / 0.7 of each, over all objects:",
+        f"# Result:  recall at IoU {POOR_IOU} / {GOOD_IOU} of each, over all objects; the first counts, "
+        f"{ENOUGH} is enough:",
         *(f"#          {_recalls(e)}  {e['name']}: scales {e['scales']}, ratios {e['ratios']}" for e in entries),
     ]
     return "\n".join(lines) + "\n" + yaml.safe_dump(space, sort_keys=False, default_flow_style=None)

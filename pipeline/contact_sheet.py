@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,7 +17,7 @@ from pipeline.coco import Annotation, ImageRecord
 from pipeline.preprocess import ImageProblem, decode_image, rasterise
 from pipeline.problems import Problem
 from pipeline.record_checks import leaves_folder
-from pipeline.report import draw_objects
+from pipeline.report import class_colours, css_colour, draw_objects, object_label
 
 NUM_TILES = 24
 TILE_SIDE = 400  # pixels
@@ -32,6 +33,8 @@ class Tile:
     """What is wrong with it, a line each; empty where nothing is."""
     picture: str
     """JPEG as base64; empty where there is nothing to be shown."""
+    objects: list[tuple[str, str, int]] = field(default_factory=list)
+    """Of each class in it its name, its colour as CSS has it, and how many there are; empty with a single class."""
 
 
 def make_tiles(
@@ -57,11 +60,11 @@ def make_tiles(
         picture = _picture(known, found, class_names)
         if known is None and file_name and not leaves_folder(file_name):
             picture = _bare_picture(storage.join(folders[source], file_name))
-        tiles.append(Tile(file_name or "(no file)", [p.reason for p in found], picture))
+        tiles.append(Tile(file_name or "(no file)", [p.reason for p in found], picture, _objects(known, class_names)))
     marked = {(source, image_id) for source, image_id, _ in by_image}
     others = (record for record in records if (record.source, record.image_id) not in marked and record.annotations)
     for record in itertools.islice(others, NUM_TILES - len(tiles)):
-        tiles.append(Tile(record.file_name, [], _picture(record, [], class_names)))
+        tiles.append(Tile(record.file_name, [], _picture(record, [], class_names), _objects(record, class_names)))
     return tiles
 
 
@@ -71,7 +74,7 @@ def _rank(problem: Problem) -> tuple[int, int]:
 
 
 def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_names: Sequence[str]) -> str:
-    """An image with its masks; annotations with a problem are labelled with their id."""
+    """An image with its masks, coloured by class; annotations with a problem are labelled with their id."""
     if record is None:
         return ""
     try:
@@ -79,13 +82,26 @@ def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_name
     except (ImageProblem, OSError):
         return _bare_picture(record.path)
     noted = {problem.annotation_id for problem in problems if problem.annotation_id is not None}
-    masks = (rasterise(a.segmentation, record.height, record.width) for a in record.annotations)  # one at a time
-    boxes = np.array([_corners(a) for a in record.annotations], dtype=np.float32).reshape(-1, 4)
-    labels = [
-        f"{class_names[a.class_id - 1]} {a.annotation_id}" if a.annotation_id in noted else ""
-        for a in record.annotations
-    ]
-    return _encoded(draw_objects(image, masks, boxes, labels, list(range(len(labels))), TILE_SIDE))
+    annotations = sorted(record.annotations, key=lambda a: a.annotation_id not in noted)  # their labels find a place
+    masks = (rasterise(a.segmentation, record.height, record.width) for a in annotations)  # one at a time
+    boxes = np.array([_corners(a) for a in annotations], dtype=np.float32).reshape(-1, 4)
+    labels = [_label(a, noted, class_names) for a in annotations]
+    colours = class_colours([a.class_id for a in annotations], class_names)
+    return _encoded(draw_objects(image, masks, boxes, labels, colours, TILE_SIDE))
+
+
+def _label(annotation: Annotation, noted: Collection[int], class_names: Sequence[str]) -> str:
+    """The name of its class where there are several, and its id if something is wrong with it."""
+    name = object_label(annotation.class_id, None, class_names)
+    return f"{name} {annotation.annotation_id}".strip() if annotation.annotation_id in noted else name
+
+
+def _objects(record: ImageRecord | None, class_names: Sequence[str]) -> list[tuple[str, str, int]]:
+    """See `Tile.objects`."""
+    if record is None or len(class_names) == 1:
+        return []
+    counts = Counter(annotation.class_id for annotation in record.annotations)
+    return [(class_names[class_id - 1], css_colour(class_id), counts[class_id]) for class_id in sorted(counts)]
 
 
 def _corners(annotation: Annotation) -> tuple[float, float, float, float]:

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.evaluation import EvaluatedRow
 from pipeline.evaluation_analysis import RowVerdict
 from pipeline.preprocess import UInt8Array
-from pipeline.report import draw_objects
+from pipeline.report import draw_objects, object_label
 from pipeline.shards import ShardSet
 
 NUM_PICTURES = 24
@@ -61,8 +61,11 @@ def _entry(
     truth_colours = [_YELLOW if place in missed else _GREEN for place in range(len(entry.annotations))]
     shown = sorted(right | set(verdict.wrong))
     found = [entry.results[place] for place in shown]
-    labels = [f"{class_names[result['category_id'] - 1]} {result['score']:.2f}" for result in found]
-    names = [class_names[a["category_id"] - 1] + (" (crowd)" if a["iscrowd"] else "") for a in entry.annotations]
+    labels = [object_label(result["category_id"], result["score"], class_names) for result in found]
+    names = [
+        (object_label(a["category_id"], None, class_names) + " (crowd)" * a["iscrowd"]).strip()
+        for a in entry.annotations
+    ]
     note = f"{len(missed)} missed, {len(verdict.wrong)} wrong, {len(right)} right"
     return GalleryEntry(
         values["file_name"],

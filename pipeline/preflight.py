@@ -68,7 +68,8 @@ def describe(
         quarantined: what is left out.
         class_names: of classes 1..C-1.
         annotation_files: paths.
-        stopped: the error that ended the preparation, if one did; then the counts are not final.
+        stopped: the error that ended the preparation, if one did; then the counts are those up to there, and what
+            stops the job is counted too, with the annotations of images that do.
 
     Raises:
         RuntimeError: read is not kept and quarantined together.
@@ -77,12 +78,16 @@ def describe(
     left_out = tuple(sum(entry.level == level for entry in quarantined) for level in ("image", "annotation"))
     if stopped is None and read != (kept[0] + left_out[0], kept[1] + left_out[1]):
         raise RuntimeError(f"{split}: read {read}, kept {kept}, left out {left_out}; this is a defect of the program")
+    counts = {
+        what: {"read": read[i], "kept": kept[i], "quarantined": left_out[i]}
+        | ({"stopping": read[i] - kept[i] - left_out[i]} if stopped is not None else {})
+        for i, what in enumerate(("images", "annotations"))
+    }
     return {
         "split": split,
         "annotation_files": list(annotation_files),
         "stopped": stopped,
-        "images": {"read": read[0], "kept": kept[0], "quarantined": left_out[0]},
-        "annotations": {"read": read[1], "kept": kept[1], "quarantined": left_out[1]},
+        **counts,
         "quarantined_by_kind": count_kinds(quarantined),
         "problems": _problems(problems),
         "classes": _classes(records, class_names),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline import preflight, storage
 from pipeline.anchor_advice import anchors_in_words
-from pipeline.checked_data import CheckedData, CheckedSplit, findings_of, report_failure
+from pipeline.checked_data import CheckedData, CheckedSplit, findings_of, stop_at_errors
 from pipeline.coco import ClassMap, CocoFile, classes_of_source, read_coco_file, unite_classes
 from pipeline.config import ExperimentConfig
 from pipeline.content_keys import content_key, default_folder, digest_of_images, holds, row_settings
@@ -21,7 +21,7 @@ from pipeline.preflight import (
     write_findings,
     write_report,
 )
-from pipeline.problems import PolicyError, Problem, count_kinds, raise_errors
+from pipeline.problems import PolicyError, Problem, quarantine_in_words
 from pipeline.progress import duration
 from pipeline.record_checks import check_records
 from pipeline.shard_writer import Contents, write_shards
@@ -91,7 +91,7 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
         _check_split(config, "training", folder, training_key, training_files, class_map, stamps, in_both),
         _check_split(config, "validation", folder, validation_key, validation_files, class_map, stamps),
     )
-    _raise_first_error(config, checked, say)
+    stop_at_errors(config, checked, say)
     return checked
 
 
@@ -153,7 +153,7 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
     written = not (checked.training.is_there and checked.validation.is_there)
     if len(findings) == 2 and (written or not has_report(checked.folder, config.model.anchors)):
         report = write_report(checked.folder, findings, config.model.anchors)
-        say(f"data: {anchors_in_words(report['anchors'])}")
+        say(f"data: anchors: {anchors_in_words(report['anchors'])}")
         say(f"data: what is in them stands in {storage.join(checked.folder, preflight.PAGE)}")
     return PreparedData(checked.training.folder, checked.validation.folder)
 
@@ -185,27 +185,6 @@ def _check_split(
     return split
 
 
-def _raise_first_error(config: ExperimentConfig, checked: CheckedData, say: Say) -> None:
-    """Stop where a record has a problem with the policy `error`, and write all that was found into the report."""
-    for split in (checked.training, checked.validation):
-        for index, file in enumerate(split.files):
-            problems = [problem for problem in split.problems if problem.source == index]
-            missing = [p for p in problems if p.kind == "missing_file" and p.policy == "error"]
-            try:
-                if missing:
-                    first = ", ".join(str(problem.file_name) for problem in missing[:3])
-                    raise PolicyError(
-                        f"{file.images_folder}: {len(missing)} of {len(file.images)} images of {file.path} are not "
-                        f"there ({first}); set data.root or the source's images folder, "
-                        "or choose another --data.policies.missing_file",
-                        problems,
-                    )
-                raise_errors(f"{file.path}: ", problems)
-            except PolicyError as error:
-                report_failure(config, checked, {split.name: (str(error), split.problems)}, say)
-                raise
-
-
 def _write_split(
     config: ExperimentConfig, checked: CheckedData, split: CheckedSplit, say: Say, on_cluster: bool
 ) -> Manifest:
@@ -233,7 +212,7 @@ def _write_split(
         if not existed:
             storage.delete_folder(split.folder)
         if isinstance(error, PolicyError):
-            report_failure(config, checked, {split.name: (str(error), split.problems + error.problems)}, say)
+            stop_at_errors(config, checked, say, {split.name: error.problems})
         raise
     problems = split.problems + written.problems
     quarantined = split.quarantined + written.quarantined
@@ -243,7 +222,7 @@ def _write_split(
     if problems:
         say(f"data: {split.name} problems: {_in_words(_count_policies(problems))}")
     if quarantined:
-        say(f"data: {split.name} quarantine: {_in_words(count_kinds(quarantined))}")
+        say(f"data: {split.name} quarantine: {quarantine_in_words(quarantined)}")
     return written.manifest
 
 

@@ -91,6 +91,21 @@ def raise_errors(place: str, problems: Sequence[Problem]) -> None:
     raise PolicyError(f"{place}{errors[0].reason}{more}; {advice}", problems)
 
 
+def quarantine_in_words(entries: Sequence[Quarantined]) -> str:
+    """How many of each kind are left out; annotations that only go with their image are told as such."""
+    images = {(entry.source, entry.image_id, entry.kind) for entry in entries if entry.level == "image"}
+    with_image = [e for e in entries if e.level == "annotation" and (e.source, e.image_id, e.kind) in images]
+    taken_along = count_kinds(with_image)
+    texts = []
+    for kind, number in count_kinds(entries).items():
+        along = taken_along.get(kind, 0)
+        alone = number - along
+        whose = "its" if alone == 1 else "their"
+        company = {0: "", 1: f" with {whose} annotation"}.get(along, f" with {whose} {along} annotations")
+        texts.append(f"{alone} {kind}{company}")
+    return ", ".join(texts)
+
+
 def count_kinds(entries: Iterable[Problem | Quarantined]) -> dict[str, int]:
     """How many of each kind, by name."""
     return dict(sorted(Counter(entry.kind for entry in entries).items()))

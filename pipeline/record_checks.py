@@ -42,7 +42,8 @@ class CheckedRecords:
     records: list[ImageRecord]
     problems: list[Problem]
     quarantined: list[Quarantined]
-    """Images and annotations that are left out; together with those in `records` they are all of the file's."""
+    """Images and annotations that are left out; those in `records`, these, and those that stop the job, with the
+    annotations of such images, are all of the file's."""
 
 
 def check_records(
@@ -78,7 +79,8 @@ def check_records(
         if lost is not None and record["image_id"] not in images:
             if is_int(record.get("id")):
                 seen.add(record["id"])
-            orphans.append(_orphan(record, lost))
+            if lost.policy == "drop":
+                orphans.append(_orphan(record, lost))
             continue
         annotation = _check_annotation(record, images, class_of_category, seen, findings)
         if annotation is not None:
@@ -272,7 +274,8 @@ def _check_annotation(
                 return None
         segmentation = [polygon for polygon in segmentation if not is_short(polygon)]
         if not segmentation:
-            reason = f"annotation {known_id}: no polygon with three points and an extent"
+            nothing_left = ", so that leaving out the short ones leaves nothing" if short else ""
+            reason = f"annotation {known_id}: no polygon with three points and an extent{nothing_left}"
             findings.add("empty_mask" if findings.policies.short_polygon == "fix" else "short_polygon",
                          "annotation", reason, image, known_id)  # fmt: skip
             return None

@@ -1,4 +1,4 @@
-"""Pictures for people: predictions beside ground truth."""
+"""Pictures for people: objects on an image, predictions beside annotations."""
 
 from __future__ import annotations
 
@@ -12,17 +12,38 @@ from PIL import Image, ImageDraw
 
 from model.masks import paste_masks
 from model.structures import Detections
+from pipeline.picture_labels import font, shortened, write_labels
 from pipeline.preprocess import UInt8Array
 from pipeline.sample import unpack_row_masks
 
 _COLOURS = (
     (230, 60, 60), (60, 160, 240), (70, 200, 90), (250, 190, 40), (180, 90, 230), (60, 210, 210), (245, 130, 190),
-    (160, 120, 60),
+    (160, 120, 60), (190, 230, 60), (110, 110, 250), (255, 165, 130), (205, 205, 205),
 )  # fmt: skip
 MIN_PICTURE_SIDE = 400
 MAX_PICTURE_SIDE = 1024
 SHOWN_SCORE = 0.5
-_MARGIN = 4
+SHEET_SIDE = 512  # pixels of a picture of the comparison: MLflow shows two beside each other in half a window
+_MARGIN = 12
+_TITLE_LETTERS, _TITLE_HEIGHT = 24, 44
+_NAME_LETTERS, _NAME_HEIGHT = 18, 28
+_GROUND = (228, 231, 235)  # beside narrow pictures
+
+
+def object_label(class_id: int, score: float | None, class_names: Sequence[str]) -> str:
+    """Class and score of an object; with a single class its name on every object would only hide the picture."""
+    name = "" if len(class_names) == 1 else class_names[class_id - 1]
+    return name if score is None else f"{name} {score:.2f}".strip()
+
+
+def class_colours(classes: Sequence[int], class_names: Sequence[str]) -> list[int]:
+    """Numbers of colours: by class, or one for each object where there is a single class."""
+    return list(range(len(classes))) if len(class_names) == 1 else list(classes)
+
+
+def css_colour(number: int) -> str:
+    """The colour of that number for an HTML page."""
+    return f"rgb{_COLOURS[number % len(_COLOURS)]}"
 
 
 def draw_objects(
@@ -53,16 +74,12 @@ def draw_objects(
     for mask, colour in zip(masks, colours, strict=True):
         _lay_over(shown, mask, np.array(_COLOURS[colour % len(_COLOURS)], dtype=np.uint16))
     picture = Image.fromarray(shown)
-    scale = (shown.shape[1] / width, shown.shape[0] / height) * 2
+    shown_boxes = boxes * np.array((shown.shape[1] / width, shown.shape[0] / height) * 2)
+    paints = [_COLOURS[colour % len(_COLOURS)] for colour in colours]
     draw = ImageDraw.Draw(picture)
-    for box, label, colour in zip(boxes, labels, colours, strict=True):
-        x0, y0, x1, y1 = (float(number) * along for number, along in zip(box, scale, strict=True))
-        paint = _COLOURS[colour % len(_COLOURS)]
+    for (x0, y0, x1, y1), paint in zip(shown_boxes.tolist(), paints, strict=True):
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=paint)
-        if label:
-            place = draw.textbbox((x0 + 1, y0), label)
-            draw.rectangle(place, fill=(0, 0, 0))
-            draw.text((x0 + 1, y0), label, fill=paint)
+    write_labels(picture, shown_boxes, labels, paints)
     return picture
 
 
@@ -82,7 +99,7 @@ def _lay_over(shown: UInt8Array, mask: npt.NDArray[np.bool_], paint: npt.NDArray
 
 
 def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_names: Sequence[str]) -> bytes:
-    """Ground truth on the left, detections with a score of at least 0.5 on the right, a line for each row.
+    """Annotations on the left, detections with a score of at least 0.5 on the right, a line for each row.
 
     Args:
         rows: rows of the shards with their detections in original pixels; at least one.
@@ -98,30 +115,29 @@ def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_nam
                 (values["width"], values["height"])
             )
         )
-        lines.append(
-            (_ground_truth_picture(image, values, class_names), _found_picture(image, detections, class_names))
-        )
-    width = max(left.width + right.width for left, right in lines) + 3 * _MARGIN
-    title = 16
-    height = sum(max(left.height, right.height) + _MARGIN for left, right in lines) + _MARGIN + title
+        left = _ground_truth_picture(image, values, class_names)
+        lines.append((values["file_name"], left, _found_picture(image, detections, class_names)))
+    column = max(MIN_PICTURE_SIDE, *(left.width for _, left, _ in lines))
+    width = 2 * column + 3 * _MARGIN
+    height = _TITLE_HEIGHT + sum(_NAME_HEIGHT + left.height + _MARGIN for _, left, _ in lines)
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, 2), "ground truth", fill=(0, 0, 0))
-    draw.text((lines[0][0].width + 2 * _MARGIN, 2), f"predicted (score >= {SHOWN_SCORE})", fill=(0, 0, 0))
-    top = title + _MARGIN
-    for left, right in lines:
-        sheet.paste(left, (_MARGIN, top))
-        sheet.paste(right, (left.width + 2 * _MARGIN, top))
-        top += max(left.height, right.height) + _MARGIN
+    for number, title in enumerate(("annotations", f"predictions (score ≥ {SHOWN_SCORE})")):
+        place = _MARGIN + number * (column + _MARGIN), _TITLE_HEIGHT / 2
+        draw.text(place, title, font=font(_TITLE_LETTERS), fill=(0, 0, 0), anchor="lm")
+    top = _TITLE_HEIGHT
+    for name, left, right in lines:
+        name = shortened(name, _NAME_LETTERS, width - 2 * _MARGIN)
+        draw.text((_MARGIN, top + _NAME_HEIGHT / 2), name, font=font(_NAME_LETTERS), fill=(60, 60, 60), anchor="lm")
+        top += _NAME_HEIGHT
+        for number, picture in enumerate((left, right)):
+            edge = _MARGIN + number * (column + _MARGIN)
+            draw.rectangle((edge, top, edge + column - 1, top + left.height - 1), fill=_GROUND)
+            sheet.paste(picture, (edge + (column - picture.width) // 2, top))
+        top += left.height + _MARGIN
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _label(name: str, score: float | None, class_names: Sequence[str]) -> str:
-    """With a single class its name on every object would only hide the picture."""
-    shown = "" if len(class_names) == 1 else name
-    return shown if score is None else f"{shown} {score:.2f}".strip()
 
 
 def _ground_truth_picture(image: UInt8Array, values: dict[str, Any], class_names: Sequence[str]) -> Image.Image:
@@ -130,8 +146,8 @@ def _ground_truth_picture(image: UInt8Array, values: dict[str, Any], class_names
     for mask, ((left, top, right, bottom), crop) in zip(masks, unpack_row_masks(values), strict=True):
         mask[top:bottom, left:right] = crop
     classes = values["classes"].tolist()
-    labels = [_label(class_names[class_id - 1], None, class_names) for class_id in classes]
-    return draw_objects(image, masks, boxes.astype(np.float32), labels, _colours(classes, class_names))
+    labels = [object_label(class_id, None, class_names) for class_id in classes]
+    return draw_objects(image, masks, boxes.astype(np.float32), labels, class_colours(classes, class_names), SHEET_SIDE)
 
 
 def _found_picture(image: UInt8Array, detections: Detections, class_names: Sequence[str]) -> Image.Image:
@@ -142,12 +158,9 @@ def _found_picture(image: UInt8Array, detections: Detections, class_names: Seque
     masks = paste_masks(chosen, image.shape[0], image.shape[1])
     classes = chosen.classes.tolist()
     labels = [
-        _label(class_names[class_id - 1], score, class_names)
+        object_label(class_id, score, class_names)
         for class_id, score in zip(classes, chosen.scores.tolist(), strict=True)
     ]
-    return draw_objects(image, masks, chosen.boxes.cpu().numpy(), labels, _colours(classes, class_names))
-
-
-def _colours(classes: Sequence[int], class_names: Sequence[str]) -> list[int]:
-    """By class, or one for each object where there is a single class."""
-    return list(range(len(classes))) if len(class_names) == 1 else list(classes)
+    return draw_objects(
+        image, masks, chosen.boxes.cpu().numpy(), labels, class_colours(classes, class_names), SHEET_SIDE
+    )

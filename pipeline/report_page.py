@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.anchor_advice import anchors_in_words
 from pipeline.contact_sheet import Tile
 
 _PAGE = """<!doctype html>
@@ -28,28 +29,39 @@ details { margin: .2em 0; } summary { cursor: pointer; } code { overflow-wrap: a
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px; }
 figure { margin: 0; background: #f1f4f7; padding: 6px; } figure img { max-width: 100%; display: block; margin: auto; }
 figcaption { font-size: 12px; overflow-wrap: anywhere; margin-top: 4px; } figcaption .note { color: #8c1d18; }
+.class { white-space: nowrap; margin-right: .8em; }
+.class i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
 .none { padding: 3em 1em; text-align: center; color: #6b7785; }
 </style>
 </head>
 <body>
 <h1>Preflight report</h1>
+{% set reasons = report.splits.values() | map(attribute="stopped") | select | unique | list %}
+{% for reason in reasons %}
+<p class="stopped"><b>Stopped:</b> {{ reason }}<br>
+The numbers below are those up to there.</p>
+{% endfor %}
 <table>
-<tr><th>split</th><th class="n">images read</th><th class="n">kept</th><th class="n">quarantined</th>
-<th class="n">annotations read</th><th class="n">kept</th><th class="n">quarantined</th></tr>
+<tr><th>split</th>
+{% for what in ("images", "annotations") %}
+<th class="n">{{ what }} read</th><th class="n">kept</th><th class="n">quarantined</th>
+{% if reasons %}<th class="n">stopping the job</th>{% endif %}
+{% endfor %}</tr>
 {% for split in report.splits.values() %}
 <tr><td>{{ split.split }}</td>
-{% for what in ("images", "annotations") %}{% for key in ("read", "kept", "quarantined") %}
-<td class="n">{{ split[what][key] }}</td>{% endfor %}{% endfor %}</tr>
+{% for what in ("images", "annotations") %}
+{% for key in ("read", "kept", "quarantined") %}<td class="n">{{ split[what][key] }}</td>{% endfor %}
+{% if reasons %}<td class="n">{{ split[what].stopping if split.stopped else 0 }}</td>{% endif %}
+{% endfor %}</tr>
 {% endfor %}
 </table>
-<p>Read = kept + quarantined. What is quarantined stands in <code>quarantine.parquet</code>, all of this in
+<p>Read = kept + quarantined{% if reasons %} + stopping the job, which counts the annotations of images that stop it
+too{% endif %}. What is quarantined stands in <code>quarantine.parquet</code>, all of this in
 <code>report.json</code>.</p>
 
 {% for split in report.splits.values() %}
 <h2>{{ split.split }}</h2>
 {% for path in split.annotation_files %}<p><code>{{ path }}</code></p>{% endfor %}
-{% if split.stopped %}<p class="stopped"><b>Stopped:</b> {{ split.stopped }}<br>
-The numbers below are those up to there.</p>{% endif %}
 <h3>Problems</h3>
 {% if not split.problems %}<p>None found.</p>{% endif %}
 {% for problem in split.problems %}
@@ -75,6 +87,10 @@ The numbers below are those up to there.</p>{% endif %}
 {% if tile.picture %}<img src="data:image/jpeg;base64,{{ tile.picture }}" alt="{{ tile.file_name }}">
 {% else %}<div class="none">no picture</div>{% endif %}
 <figcaption><b>{{ tile.file_name }}</b>
+{% if tile.objects %}<br>{% endif %}
+{% for name, colour, number in tile.objects %}<span class="class"><i style="background: {{ colour }}"></i>{{ number }}
+{{ name }}</span>
+{% endfor %}
 {% for note in tile.notes[:4] %}<br><span class="note">{{ note }}</span>{% endfor %}
 {% if tile.notes | length > 4 %}<br><span class="note">and {{ tile.notes | length - 4 }} more</span>{% endif %}
 </figcaption>
@@ -115,7 +131,8 @@ smallest, quarter, middle, three-quarter and largest value.</p>
 
 <h2>Anchors</h2>
 <p>Share of the training objects whose best anchor has an IoU of at least 0.5 and 0.7 after the configured resize.
-Candidates are suggestions: <code>anchor_search.yaml</code> has them as a search space, nothing is applied.</p>
+In short: {{ verdict }}.</p>
+<p>Candidates are suggestions: <code>anchor_search.yaml</code> has them as a search space, nothing is applied.</p>
 {% for entry in [report.anchors.configured] + report.anchors.candidates %}
 <h3>{{ entry.name }}</h3>
 <p>scales {{ entry.scales | join(", ") }}; ratios {{ entry.ratios | join(", ") }}; objects without an anchor of IoU 0.5:
@@ -155,4 +172,6 @@ def render(report: Mapping[str, Any], tiles: Mapping[str, Sequence[Tile]]) -> st
         return "-" if share is None else f"{share:.1%}"
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_PAGE).render(report=report, tiles=tiles, bar=bar, percent=percent)
+    return environment.from_string(_PAGE).render(
+        report=report, tiles=tiles, verdict=anchors_in_words(report["anchors"]), bar=bar, percent=percent
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,15 +55,25 @@ class WorkerEvaluation:
                 torch.distributed.broadcast(buffer, src=0)
 
     def picture(self, model: MaskRCNN) -> bytes | None:
-        """A PNG of the first validation images with objects, predictions beside ground truth; None without any."""
-        with_objects = (row for row in range(len(self._validation)) if len(self._validation.read_row(row)["classes"]))
-        rows = [row for row, _ in zip(with_objects, range(NUM_PICTURES), strict=False)]
+        """A PNG of a few validation images with objects, predictions beside annotations; None without any."""
+        rows = pictured_rows(self._validation.manifest.row_classes())
         if not rows:
             return None
         was_training = model.training
         found = list(predict_rows(model.eval(), self._validation, rows, EVALUATION_BATCH_SIZE, self._dtype))
         model.train(was_training)
         return draw_comparison(found, self._validation.manifest.class_names)
+
+
+def pictured_rows(row_classes: Sequence[Sequence[int]]) -> list[int]:
+    """At most four rows with objects, from everywhere: images beside each other in a file often show the same place.
+
+    Args:
+        row_classes: classes of the objects of every row; the same ones give the same rows.
+    """
+    with_objects = [row for row, classes in enumerate(row_classes) if classes]
+    places = {len(with_objects) * part // NUM_PICTURES for part in range(NUM_PICTURES)}
+    return [with_objects[place] for place in sorted(places)] if with_objects else []
 
 
 def _object_group(num_workers: int, device: torch.device) -> Any:

@@ -164,18 +164,30 @@ def test_search_space_has_keys_of_the_configuration_and_values_that_it_takes() -
     assert len(space["model.anchors.scales"]["choice"]) == 3
 
 
+def squares(*sides: float) -> Objects:
+    """Around the centre of an anchor of every level."""
+    half = np.array(sides) / 2
+    return Objects(64 + np.stack([-half, -half, half, half], axis=1), np.full((len(half), 2), 128))
+
+
+def test_anchors_that_reach_enough_objects_by_half_are_kept() -> None:
+    """Whatever others would reach by 0.7: squares of 21 pixels overlap those of 16 by (16 / 21) ** 2 = 0.58."""
+    configured = AnchorConfig(scales=(16, 32, 64, 128, 256))
+    advice = advise(squares(*[21] * 9, 4), configured)
+    assert advice["candidates"][0]["recall_70"] > advice["configured"]["recall_70"] == 0
+    assert anchors_in_words(advice) == (
+        "model.anchors.scales [16.0, 32.0, 64.0, 128.0, 256.0] overlap 90.0% of the objects by 0.5, 0.0% by 0.7; "
+        "keep them (90% by 0.5 are enough)"
+    )
+    assert "; the first counts, 0.9 is enough:\n" in search_space(advice)
+    assert "; few (90%" in anchors_in_words(advise(squares(*[21] * 8, 4, 4), configured))
+
+
 def test_anchors_that_reach_few_objects_are_told_with_better_ones() -> None:
     """Objects of 16 pixels: anchors of 32 and more overlap them by a quarter at most."""
-    boxes = np.tile([24.0, 24.0, 40.0, 40.0], (10, 1))
-    objects = Objects(boxes, np.full((10, 2), 128))
-    fitting = AnchorConfig(scales=(16, 32, 64, 128, 256))
-    assert anchors_in_words(advise(objects, fitting)) == (
-        "anchors: model.anchors.scales [16.0, 32.0, 64.0, 128.0, 256.0] overlap 100.0% of the objects by 0.5, "
-        "100.0% by 0.7"
-    )
-    text = anchors_in_words(advise(objects, AnchorConfig()))
-    assert "overlap 0.0% of the objects by 0.5, 0.0% by 0.7; few: [" in text
-    assert text.endswith("] would reach 100.0% by 0.5")
+    text = anchors_in_words(advise(squares(*[16] * 10), AnchorConfig()))
+    assert "overlap 0.0% of the objects by 0.5, 0.0% by 0.7; few (90% by 0.5 are enough): try [" in text
+    assert text.endswith("], which overlap 100.0%, and take what trains better")
 
 
 def test_objects_too_small_for_any_anchor_want_a_larger_canvas() -> None:
@@ -186,4 +198,4 @@ def test_objects_too_small_for_any_anchor_want_a_larger_canvas() -> None:
 
 def test_without_objects_nothing_is_said_of_anchors() -> None:
     nothing = Objects(np.zeros((0, 4)), np.zeros((0, 2), dtype=np.int64))
-    assert anchors_in_words(advise(nothing, AnchorConfig())) == "anchors: there are no objects to judge them by"
+    assert anchors_in_words(advise(nothing, AnchorConfig())) == "there are no objects to judge the anchors by"

@@ -236,6 +236,90 @@ def only_a_report(folder: Path) -> bool:
     return names in (set(), {"report.json", "report.html", "quarantine.parquet", "anchor_search.yaml"})
 
 
+def spoil_three_files(root: Path) -> None:
+    """A file that is missing and an id that stands there twice to train on, a class that is none to validate on."""
+    (root / "images" / "animal_000.png").unlink()
+    edit(root / "birds.json", lambda content: content["annotations"].append(content["annotations"][0]))
+    edit(root / "validation.json", lambda content: content["annotations"][0].update(category_id=99))
+
+
+def test_all_that_stops_the_job_is_told_at_once(tmp_path: Path) -> None:
+    contents = two_sources(tmp_path / "data")
+    spoil_three_files(tmp_path / "data")
+    names = ("animals.json", "birds.json", "validation.json")
+    files = ", ".join(str(tmp_path / "data" / name) for name in names)
+    twice, classless = (contents[name]["annotations"][0]["id"] for name in names[1:])
+    said: list[str] = []
+    with pytest.raises(UserError) as caught:
+        check(experiment(tmp_path / "data", tmp_path / "runs"), said.append)
+    assert str(caught.value) == (
+        f"3 kinds of problem in {files} stop the job: 1 missing_file (animal_000.png), "
+        f"1 duplicate_annotation_id (annotation id {twice} stands there twice), "
+        f"1 unknown_category (annotation {classless}: category_id 99 is none of the categories); mend the data, "
+        "or add --data.policies.missing_file drop --data.policies.duplicate_annotation_id drop "
+        "--data.policies.unknown_category drop"
+    )
+    assert [line.split(":")[1] for line in said[:3]] == [
+        " missing_file stops the job", " duplicate_annotation_id stops the job", " unknown_category stops the job",
+    ]  # fmt: skip
+    for line, name in zip(said, names, strict=False):
+        assert str(tmp_path / "data" / name) in line
+    assert only_a_report(tmp_path / "runs")
+    policies = dict.fromkeys(("missing_file", "duplicate_annotation_id", "unknown_category"), "drop")
+    checked = check(experiment(tmp_path / "data", tmp_path / "runs", policies=policies), said.append)
+    assert checked.training.quarantined, "with these it goes on"
+
+
+def counted(folder: Path) -> dict[str, tuple[list[int], list[int]]]:
+    """Images and annotations of each split as the report counts them; read is the sum of the others."""
+    splits = json.loads(next(folder.rglob("report.json")).read_text())["splits"]
+    for split in splits.values():
+        for counts in (split["images"], split["annotations"]):
+            assert list(counts) == ["read", "kept", "quarantined", "stopping"]
+            assert counts["read"] == counts["kept"] + counts["quarantined"] + counts["stopping"]
+    return {name: (list(s["images"].values()), list(s["annotations"].values())) for name, s in splits.items()}
+
+
+def test_report_of_stopped_data_adds_up(tmp_path: Path) -> None:
+    """An image that stops the job has its annotations with it; what is left out for other reasons is told apart."""
+    contents = two_sources(tmp_path / "data")
+    animals = contents["animals.json"]
+    of_missing = next(image["id"] for image in animals["images"] if image["file_name"] == "animal_000.png")
+    number = sum(annotation["image_id"] == of_missing for annotation in animals["annotations"])
+    assert number > 1
+    spoil_three_files(tmp_path / "data")
+    edit(tmp_path / "data" / "birds.json", lambda content: content["annotations"][1]["bbox"].__setitem__(2, 0))
+    with pytest.raises(UserError):
+        check(experiment(tmp_path / "data", tmp_path / "runs"), lambda line: None)
+    (_, kept, *others), (_, _, *of_annotations) = counted(tmp_path / "runs")["training"]
+    assert (kept, others, of_annotations) == (20, [0, 1], [1, number + 1])
+    assert counted(tmp_path / "runs")["validation"][1][2:] == [0, 1]
+    page = next((tmp_path / "runs").rglob("report.html")).read_text()
+    assert page.count("<b>Stopped:</b> 3 kinds of problem in ") == 1
+    assert page.index("Stopped:") < page.index("those up to there") < page.index("<table>")
+    assert page.count(">stopping the job</th>") == 2
+
+
+def test_report_of_data_that_their_images_stop_adds_up(local_ray: None, tmp_path: Path) -> None:
+    contents = two_sources(tmp_path / "data")
+    birds = contents["birds.json"]
+    with_objects = {annotation["image_id"] for annotation in birds["annotations"]}
+    image = next(image for image in birds["images"] if image["id"] in with_objects)
+    number = sum(annotation["image_id"] == image["id"] for annotation in birds["annotations"])
+    (tmp_path / "data" / "images" / image["file_name"]).write_bytes(b"no image")
+    edit(
+        tmp_path / "data" / "animals.json",
+        lambda c: c["annotations"][0].update(segmentation=[[-9, -9, -5, -9, -5, -5]]),
+    )
+    config = experiment(tmp_path / "data", tmp_path / "runs", policies={"empty_mask": "error"})
+    with pytest.raises(UserError, match=r"^2 kinds of problem in .* stop the job: .*empty_mask drop") as caught:
+        prepare(config, lambda line: None)
+    assert f"{tmp_path}/data/images/{image['file_name']}: cannot be decoded" in str(caught.value)
+    assert only_a_report(tmp_path / "runs")
+    (_, kept, *others), (_, _, *of_annotations) = counted(tmp_path / "runs")["training"]
+    assert (kept, others, of_annotations) == (20, [0, 1], [0, number + 1])
+
+
 def test_annotations_are_checked_without_ray_and_without_writing(tmp_path: Path) -> None:
     two_sources(tmp_path / "data")
     checked = check(experiment(tmp_path / "data", tmp_path / "runs"), lambda line: None)

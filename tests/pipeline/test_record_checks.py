@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.coco import ImageRecord
 from pipeline.config import PolicySettings
-from pipeline.problems import PolicyError, Problem, Quarantined, count_kinds, raise_errors
+from pipeline.problems import PolicyError, Problem, Quarantined, count_kinds, quarantine_in_words, raise_errors
 from pipeline.record_checks import CheckedRecords, box_problem, check_records, is_short, leaves_folder
 from tests.pipeline.factories import ANIMALS, class_map, coco_content, coco_file, rle_string
 
@@ -24,6 +24,8 @@ GOOD: dict[str, Any] = {
     ],
     "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
 }
+
+ALL_SHORT = "no polygon with three points and an extent, so that leaving out the short ones leaves nothing"
 
 
 def changed(part: str, **values: Any) -> dict[str, Any]:
@@ -191,8 +193,8 @@ def test_records_come_in_the_order_of_image_ids_with_their_annotations() -> None
         ({"bbox": [-3, 2, 3, 4]}, "box_outside_image", "box outside the image"),
         ({"bbox": [1, -4, 3, 4]}, "box_outside_image", "box outside the image"),
         ({"segmentation": []}, "empty_mask", "no polygon with three points and an extent"),
-        ({"segmentation": [[1, 2, 3, 4]]}, "empty_mask", "no polygon with three points and an extent"),
-        ({"segmentation": [[1, 2, 3, 2, 9, 2]]}, "empty_mask", "no polygon with three points and an extent"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "empty_mask", ALL_SHORT),
+        ({"segmentation": [[1, 2, 3, 2, 9, 2]]}, "empty_mask", ALL_SHORT),
     ],
 )
 def test_annotation_that_can_teach_nothing_is_dropped(values: dict[str, Any], kind: str, reason: str) -> None:
@@ -306,6 +308,16 @@ def test_missing_files_and_those_in_subfolders() -> None:
         ("image", "file_in_subfolder", 10, None), ("image", "missing_file", 11, None),
         ("image", "missing_file", 13, None), ("annotation", "file_in_subfolder", 10, 1),
     ]  # fmt: skip
+
+
+def test_what_stops_the_job_is_not_left_out() -> None:
+    """Neither an image nor its annotations are in the quarantine as long as its policy is `error`."""
+    content = images("gone.png", "a.png")
+    content["annotations"].append({**GOOD["annotations"][0], "id": 2, "image_id": 11, "bbox": [1, 2, 0, 4]})
+    assert [q.kind for q in check(content, ["a.png"]).quarantined] == ["box_without_size"]
+    dropped = check(content, ["a.png"], missing_file="drop").quarantined
+    assert count_kinds(dropped) == {"box_without_size": 1, "missing_file": 2}
+    assert quarantine_in_words(dropped) == "1 box_without_size, 1 missing_file with its annotation"
 
 
 def test_two_images_of_one_file() -> None:

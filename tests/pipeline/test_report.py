@@ -116,30 +116,69 @@ def test_degenerate_box_is_drawn() -> None:
     assert picture.size == draw_objects(image, NO_MASKS, NO_BOXES, [], []).size
 
 
+@pytest.mark.parametrize("box", [(20, 20, 30, 30), (140, 150, 165, 175), (270, 0, 299, 30), (0, 280, 300, 300)])
+def test_a_label_does_not_hide_its_object(box: tuple[int, int, int, int]) -> None:
+    boxes = np.array([box], dtype=np.float32)
+    masks = np.zeros((1, 300, 300), dtype=bool)
+    without, labelled = (
+        np.asarray(draw_objects(noise(300, 300), masks, boxes, [label], [1])) for label in ("", "wheat grain 1.00")
+    )
+    changed = (without != labelled).any(axis=2)
+    assert changed.any()
+    assert not changed[box[1] : box[3], box[0] : box[2]].any()
+
+
+def test_words_of_a_label_stand_apart() -> None:
+    """Nothing between two letters is as wide as the space."""
+    boxes = np.array([[20, 150, 40, 170]], dtype=np.float32)
+    black, masks = np.zeros((300, 300, 3), dtype=np.uint8), np.zeros((1, 300, 300), dtype=bool)
+    without, labelled = (np.asarray(draw_objects(black, masks, boxes, [label], [1])) for label in ("", "wheat grain"))
+    inked = np.flatnonzero(abs(labelled.astype(int) - without).max(axis=(0, 2)) > 80)  # without what is blurred
+    *between_letters, between_words = sorted(np.diff(inked).tolist())
+    assert between_words > between_letters[-1] > 1
+
+
 def test_sheet_has_a_line_for_each_row(tmp_path: Path) -> None:
     rows = [(row(tmp_path, 2), found(0.9, 0.3)), (row(tmp_path, 0), found()), (row(tmp_path, 1, 64, 48), found(0.6))]
     sheet = pixels(draw_comparison(rows, NAMES))
-    # 48 x 64 pixels are enlarged 6 times; two pictures beside each other, 4 pixels between all, 16 for the title.
-    assert sheet.shape == (16 + 4 + 288 + 4 + 288 + 4 + 384 + 4, 4 + 384 + 4 + 384 + 4, 3)
+    # 48 x 64 pixels are enlarged 6 times; two pictures beside each other, 12 pixels between all, 44 for the titles,
+    # 28 for a name.
+    assert sheet.shape == (44 + 28 + 288 + 12 + 28 + 288 + 12 + 28 + 384 + 12, 12 + 384 + 12 + 384 + 12, 3)
+    # The last one, 288 pixels wide, stands in the middle of its column.
+    ground = np.flatnonzero((sheet[-100] == (228, 231, 235)).all(axis=1))
+    beside = [range(12, 60), range(348, 396), range(408, 456), range(744, 792)]
+    assert ground.tolist() == [column for columns in beside for column in columns]
+
+
+def test_every_image_has_its_name(tmp_path: Path) -> None:
+    values = row(tmp_path, 1)
+    first, second, long, other_end = (
+        pixels(draw_comparison([(values | {"file_name": name}, found())], NAMES))
+        for name in ("a.png", "b.png", "x" * 500 + ".png", "x" * 500 + ".jpg")
+    )
+    for one, other in ((first, second), (long, other_end)):
+        changed = np.flatnonzero((one != other).any(axis=(1, 2)))
+        assert 44 <= changed.min() <= changed.max() < 44 + 28
+    assert (long[44:72, -12:] == 255).all()
 
 
 def test_ground_truth_is_left_and_predictions_are_right(tmp_path: Path) -> None:
     values = row(tmp_path, 0)
     before = pixels(draw_comparison([(values, found())], NAMES))
-    left, right = before[20:308, 4:388], before[20:308, 392:776]
+    left, right = before[72:360, 12:396], before[72:360, 408:792]
     np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(
         left[::6, ::6], np.asarray(Image.fromarray(values["image"].reshape(64, 85, 3)).resize((64, 48)))
     )
     after = pixels(draw_comparison([(values, found(0.9))], NAMES))
     changed = np.flatnonzero((after != before).any(axis=(0, 2)))
-    # The box reaches from 10 to 30 original pixels, six times enlarged; its label stands within.
-    assert changed.min() == 392 + 60
-    assert changed.max() <= 392 + 180 + 60
+    # The box reaches from 10 to 30 original pixels, six times enlarged; its label stands above or below.
+    assert changed.min() == 408 + 60
+    assert changed.max() <= 408 + 180 + 60
     truth = pixels(draw_comparison([(row(tmp_path, 1), found())], NAMES))
     changed = np.flatnonzero((truth != before).any(axis=(0, 2)))
-    assert changed.min() == 4 + 4 * 6
-    assert changed.max() < 388
+    assert changed.min() == 12 + 4 * 6
+    assert changed.max() < 396
 
 
 def test_unsure_detections_are_not_shown(tmp_path: Path) -> None:
@@ -163,7 +202,7 @@ def test_objects_are_told_apart(tmp_path: Path, names: tuple[str, ...]) -> None:
     values = row(tmp_path, 2)
     values["classes"] = np.array([1, 1], dtype=np.int32)
     sheet = pixels(draw_comparison([(values, found())], names))
-    left = sheet[20:308, 4:388]
+    left = sheet[72:360, 12:396]
     # Bottom edges of the two boxes: row 19, columns 4 to 20 and 24 to 40, enlarged.
     first, second = left[20 * 6 - 1, 10 * 6], left[20 * 6 - 1, 30 * 6]
     assert tuple(first) in _COLOURS
