@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -50,6 +50,8 @@ NO_KEY = {
     "num_classes": "the classes are those of the annotation files",
     "resume": "the same command goes on by itself",
 }
+# The parser's names of types in ours.
+PLAIN_TYPES = {"a <class 'tuple'>": "a list", "a <class 'bool'>": "true or false", "a <class 'NoneType'>": "null"}
 
 
 class ConfigurationError(UserError):
@@ -100,6 +102,7 @@ def parse(
     optional: dict[str, str] | None = None,
     flags: dict[str, str] | None = None,
     config_type: type[ExperimentConfig] = ExperimentConfig,
+    base: ExperimentConfig | None = None,
 ) -> SimpleNamespace:
     """Parse a job's command line.
 
@@ -110,6 +113,7 @@ def parse(
         optional: further options that may be left out, which are None then.
         flags: further options without a value, which are True or False, and their help.
         config_type: of `experiment`, for jobs whose configuration has more sections.
+        base: what files and keys change; None for the defaults.
 
     Returns:
         Namespace with `experiment` (a `config_type`), `debug`, and one entry for each further option.
@@ -119,16 +123,16 @@ def parse(
     """
     from jsonargparse import ArgumentError
 
-    for_help = any(argument in ("-h", "--help") or argument.split("=")[0].endswith(".help") for argument in arguments)
-    parser = _make_parser(description, extra or {}, optional or {}, flags or {}, config_type, for_help)
-    for option, file in itertools.pairwise(arguments):
-        if option == "--config":
-            refuse_repeated_keys(file)
+    parser = _make_parser(
+        description, extra or {}, optional or {}, flags or {}, base or config_type(), asks_for_help(arguments)
+    )
+    files = [file for _, file in options_given(arguments, "config")]
+    for file in files:
+        refuse_repeated_keys(file)
     print_config = any(argument.startswith("--print_config") for argument in arguments)
     try:
         namespace = parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
     except ArgumentError as error:
-        files = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
         where = f"{', '.join(files)}: " if files and not _names_key(str(error)) else ""
         raise ConfigurationError(where + _without_secrets(explain(str(error), config_type))) from error
     except ValueError as error:  # of YAML's numbers
@@ -147,6 +151,29 @@ def parse(
         if isinstance(value, str) and has_secret(value):
             raise ConfigurationError(f"--{name} has a password or key in its address; {SECRET_ADVICE}")
     return SimpleNamespace(experiment=experiment, debug=values["debug"], **further)
+
+
+def options_given(arguments: Sequence[str], *names: str) -> list[tuple[str, str]]:
+    """What a command line says of some options and of the keys below them.
+
+    Args:
+        arguments: without the program's name.
+        names: `checkpoint`, `data.root`, or a section: `run`.
+
+    Returns:
+        Names and values in order, before any check.
+    """
+    found = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        option, equals, value = argument.partition("=")
+        if any(f"{option}.".startswith(f"--{name}.") for name in names):
+            found.append((option.removeprefix("--"), value if equals else following))
+    return found
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line wants to be explained and not done."""
+    return any(argument in ("-h", "--help") or argument.split("=")[0].endswith(".help") for argument in arguments)
 
 
 def refuse_repeated_keys(file: str) -> None:
@@ -179,7 +206,7 @@ def _make_parser(
     extra: Mapping[str, str],
     optional: Mapping[str, str],
     flags: Mapping[str, str],
-    config_type: type[ExperimentConfig],
+    base: ExperimentConfig,
     for_help: bool,
 ) -> Any:
     """The parser of a job's options and of every key of the configuration."""
@@ -190,7 +217,7 @@ def _make_parser(
     parser = ArgumentParser(
         description=description,
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
-        formatter_class=_help_formatter(config_type),
+        formatter_class=_help_formatter(type(base)),
         exit_on_error=False,
         allow_abbrev=False,  # a key that is cut off is a mistake
     )
@@ -204,8 +231,8 @@ def _make_parser(
         parser.add_argument(f"--{name}", type=str | None, default=None, help=help_text)
     for name, help_text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=help_text)
-    for name, field in config_type.model_fields.items():
-        parser.add_argument(f"--{name}", type=field.annotation, default=field.default)
+    for name, field in type(base).model_fields.items():
+        parser.add_argument(f"--{name}", type=field.annotation, default=getattr(base, name))
     return parser
 
 
@@ -279,12 +306,24 @@ def explain(message: str, config_type: type[BaseModel] = ExperimentConfig) -> st
             inputs = [text for text in inputs if not text.startswith("Tuple should have at least")]
         inputs = inputs[:1] if all("should be a list" in text for text in inputs) else inputs  # each entry says it
         value = re.search(r"G(?:ot|iven) value: (.*?)(?:\n +- |$)", rest, flags=re.DOTALL)
+        choices = _choices_of(key, config_type)
+        if choices and value:
+            return f"{key}: {_one_line(value[1])} is none of {', '.join(choices)}"
         expected = "; ".join(dict.fromkeys(inputs)) or _one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
-        expected = expected.replace("a <class 'tuple'>", "a list")
+        if expected.startswith("Does not validate against any of the Union subtypes"):
+            expected = "Expected " + " or ".join(re.findall(r"- Expected (.*?)(?= - | Given value|$)", expected))
+        for type_name, words in PLAIN_TYPES.items():
+            expected = expected.replace(type_name, words)
         return f"{key}: {expected.rstrip('. ')}{_range_of(key, config_type)}" + (
             f", got {_one_line(value[1])}" if value else ""
         )
     return _one_line(message)
+
+
+def _choices_of(key: str, config_type: type[BaseModel]) -> list[str]:
+    """What a key may be set to, where these are a few words or numbers; else empty."""
+    annotation = getattr(_field_of(key, config_type), "annotation", None)
+    return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
 
 
 def _field_of(key: str, config_type: type[BaseModel]) -> Any:

@@ -26,6 +26,7 @@ _PAGE = """<!doctype html>
 <style>
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #1c2430; }
 h1 { font-size: 1.6em; overflow-wrap: anywhere; }
+.place { font-size: 12px; color: #5b6675; overflow-wrap: anywhere; margin-top: -1em; }
 h2 { font-size: 1.3em; margin-top: 2em; border-bottom: 2px solid #d5dbe3; }
 table { border-collapse: collapse; } th, td { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #b8c1cd; position: sticky; top: 0; background: #fff; }
@@ -40,6 +41,9 @@ figcaption { font-size: 12px; overflow-wrap: anywhere; margin-top: 4px; }
 </head>
 <body>
 <h1>Evaluation: {{ title }}</h1>
+{% if place %}
+<p class="place">{{ place }}</p>
+{% endif %}
 <p>{{ report.num_images }} images, {{ report.num_objects }} objects, {{ report.num_crowds }} crowds,
 {{ report.num_detections }} detections. {{ data }}</p>
 
@@ -131,8 +135,18 @@ first.</p>
 """
 
 
+def rounded(value: float | None) -> str:
+    """A metric in three digits, or a dash where there is none, which COCO counts as -1."""
+    return "-" if value is None or value < -0.5 else f"{value:.3f}"
+
+
 def render(
-    report: Mapping[str, Any], gallery: Sequence[GalleryEntry], class_names: Sequence[str], title: str, data: str
+    report: Mapping[str, Any],
+    gallery: Sequence[GalleryEntry],
+    class_names: Sequence[str],
+    title: str,
+    place: str | None,
+    data: str,
 ) -> str:
     """The page.
 
@@ -140,21 +154,20 @@ def render(
         report: what report.json holds.
         gallery: the worst images.
         class_names: of classes 1..C-1.
-        title: what was evaluated.
+        title: what was evaluated, in a few words.
+        place: where that lies, where the title does not say it.
         data: on what, in a sentence.
     """
     from jinja2 import Environment, StrictUndefined
-
-    def number(value: float | None) -> str:
-        return "-" if value is None or value < -0.5 else f"{value:.3f}"
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_PAGE).render(
         report=report,
         gallery=gallery,
         title=title,
+        place=place,
         data=data,
-        number=number,
+        number=rounded,
         statistics=STATISTICS,
         kinds=evaluation_figures.KIND_NAMES,
         error_kinds=_ERROR_KINDS,

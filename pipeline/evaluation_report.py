@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation import EvaluatedRow
 from pipeline.evaluation_analysis import LvisFields, analyse
 from pipeline.evaluation_gallery import make_gallery
-from pipeline.evaluation_page import render
+from pipeline.evaluation_page import render, rounded
+from pipeline.evaluation_subject import title_of
 from pipeline.initial_weights import Say
 from pipeline.mlflow_place import artifacts_folder, tracking_uri
 from pipeline.mlflow_runs import flatten
@@ -27,8 +28,18 @@ from pipeline.tracking import Tracker
 PAGE, NUMBERS = "report.html", "report.json"
 
 
+def metrics_line(metrics: Mapping[str, float], kind: str) -> str:
+    """Metrics of boxes or masks for a person to read; a dash where there is no object that they are about."""
+    return "  ".join(f"{name} {rounded(value)}" for name, value in metrics.items() if name.startswith(kind))
+
+
 def write_report(
-    folder: str, rows: Sequence[EvaluatedRow], shards: ShardSet, title: str, lvis: LvisFields | None
+    folder: str,
+    rows: Sequence[EvaluatedRow],
+    shards: ShardSet,
+    title: str,
+    lvis: LvisFields | None,
+    place: str | None = None,
 ) -> dict[str, Any]:
     """Write the page and its numbers.
 
@@ -36,8 +47,9 @@ def write_report(
         folder: absolute path or URL.
         rows: all of the evaluation, in order.
         shards: what was evaluated on.
-        title: what was evaluated.
+        title: what was evaluated, in a few words.
         lvis: where the annotations are LVIS's.
+        place: path or URL of what was evaluated, where the title is not all of it.
 
     Returns:
         What report.json holds.
@@ -46,7 +58,7 @@ def write_report(
     report, verdicts = analyse(rows, class_names, lvis)
     gallery = make_gallery(rows, verdicts, shards, class_names)
     files = ", ".join(source.annotations for source in shards.manifest.sources)
-    page = render(report, gallery, class_names, title, f"Annotations: {files}.")
+    page = render(report, gallery, class_names, title, place, f"Annotations: {files}.")
     storage.write_bytes(storage.join(folder, NUMBERS), json.dumps(report, indent=1).encode())
     storage.write_bytes(storage.join(folder, PAGE), page.encode())
     return report
@@ -143,12 +155,14 @@ def report(
     if importlib.util.find_spec("hotcoco") is None:
         say("evaluate: without hotcoco there is no report; it is installed by `make setup`")
         return {"report": None, "mlflow_run_id": None}
-    title = source.rstrip("/").rpartition("/")[2] if not is_import(source) else source
-    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
+    name = source.rstrip("/").rpartition("/")[2] if not is_import(source) else source
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     default = storage.join(storage.absolute(config.run.storage_path), f"evaluations/{plain}-{digest}")
     folder = default if output is None else storage.absolute(output)
-    numbers = write_report(folder, rows, shards, source, lvis_fields(shards))
+    title = title_of(source)
+    place = source if title != source else None
+    numbers = write_report(folder, rows, shards, title, lvis_fields(shards), place)
     say(f"evaluate: report in {storage.join(folder, PAGE)}")
     run_id = record(config, folder, title, metrics, numbers, say)
     return {"report": storage.join(folder, PAGE), "mlflow_run_id": run_id}

@@ -106,15 +106,27 @@ def find_plan(config: ExperimentConfig, predictor: Predictor, images: str, outpu
     run = {"model_id": model_id(predictor), "settings": settings_of(config, predictor)}
     plan = prediction_plan.resume(place, images_place, run)
     if plan is not None:
-        say(f"predict: going on with the plan in {place}: {plan.num_images} images in {len(plan.parts)} parts")
+        size, parts = counted(plan.num_images, "image"), counted(len(plan.parts), "part")
+        say(f"predict: going on with the plan in {place}: {size} in {parts}")
         _tell_changes(plan, images, config, say)
         return plan
     inputs = list_inputs(images, config.predict)
     if config.predict.tiling is not None and inputs.kind == "shards":
         raise UserError(f"{images}: shards hold resized images; leave predict.tiling out, or name the image files")
-    plan = prediction_plan.begin(place, images_place, inputs, config.predict.images_per_part, run)
-    say(f"predict: {plan.num_images} images of {images}, in {len(plan.parts)} parts to {place}")
+    settings = config.predict
+    num_processes = settings.num_workers or most_workers(config.scaling)
+    part_size = prediction_plan.images_per_part(
+        len(inputs.entries), num_processes, settings.images_per_part, settings.batch_size
+    )
+    plan = prediction_plan.begin(place, images_place, inputs, part_size, run)
+    size, parts = counted(plan.num_images, "image"), counted(len(plan.parts), "part")
+    say(f"predict: {size} of {images}, in {parts} to {place}")
     return plan
+
+
+def counted(number: int, name: str) -> str:
+    """A number of things, in the singular or the plural."""
+    return f"{number} {name}" if number == 1 else f"{number} {name}{'es' if name.endswith('s') else 's'}"
 
 
 def _tell_changes(plan: Plan, images: str, config: ExperimentConfig, say: Say) -> None:
@@ -125,10 +137,11 @@ def _tell_changes(plan: Plan, images: str, config: ExperimentConfig, say: Say) -
         say(f"warning: predict: the images cannot be listed any more: {error}")
         return
     planned = {entry.key for part in plan.parts for entry in part}
-    changes = ((present - planned, "have come since, and are not predicted here"), (planned - present, "are gone"))
+    changes = ((present - planned, "came after the plan was made"), (planned - present, "went after the plan was made"))
     for names, what in changes:
         if names:
-            say(f"warning: predict: {len(names)} images {what} ({min(names)}); another --output begins anew")
+            number = counted(len(names), "image")
+            say(f"warning: predict: {number} {what} ({min(names)}); another --output begins anew")
 
 
 def part_settings(config: ExperimentConfig, predictor: Predictor, plan: Plan) -> PartSettings:
@@ -155,8 +168,8 @@ def _place(config: ExperimentConfig, num_parts: int, say: Say) -> Placement:
     size = min(config.predict.num_workers or most_workers(config.scaling), num_parts)
     placement = place_workers(config.scaling.model_copy(update={"num_workers": size}), say)
     check_at_start(config, say, reads_data=False)
-    device = "GPU" if placement.use_gpu else f"CPU, {config.scaling.cpus_per_worker} threads each"
-    say(f"predict: {size} processes with the model ({device})")
+    device = "GPU" if placement.use_gpu else f"CPU, {counted(config.scaling.cpus_per_worker, 'thread')} each"
+    say(f"predict: {counted(size, 'process')} with the model ({device})")
     return placement
 
 
@@ -175,7 +188,7 @@ def _parts_that_are_there(plan: Plan, say: Say) -> dict[int, PartSummary]:
         ]
         summaries |= {summary.part: summary for summary in ray.get(tasks) if summary is not None}
     if present:
-        say(f"predict: {len(summaries)} of {len(plan.parts)} parts are there already")
+        say(f"predict: there already: {len(summaries)} of {counted(len(plan.parts), 'part')}")
     return summaries
 
 
@@ -270,6 +283,6 @@ class _Progress:
             pace = (self._done - self._before) / (now - self._started)
             left = duration((self._total - self._done) / pace)
             self._say(
-                f"predict: {self._done} of {self._total} images  {self._errors} errors  "
+                f"predict: {self._done} of {counted(self._total, 'image')}  {counted(self._errors, 'error')}  "
                 f"{pace:.1f} images/s  {left} left"
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from pipeline.prediction_inputs import Entry, Inputs, Kind
 from pipeline.prediction_schema import SCHEMA_VERSION, read_plain_table
 
 PLAN_FILE, RUN_FILE, ERRORS_FILE, MANIFEST_FILE = "plan.parquet", "run.json", "errors.parquet", "manifest.json"
+PARTS_PER_PROCESS = 8
+"""At least, where there are images enough: so processes end at about the same time, and progress is told often."""
+LEAST_IMAGES_PER_PART = 8
 _SCHEMA = pa.schema(
     [
         ("part", pa.int32()), ("key", pa.string()), ("path", pa.string()), ("row", pa.int64()),
@@ -59,12 +63,25 @@ class Plan:
         return sum(len(part) for part in self.parts)
 
 
-def cut_parts(entries: Sequence[Entry], images_per_part: int) -> list[list[Entry]]:
+def images_per_part(num_images: int, num_processes: int, most: int, batch_size: int) -> int:
+    """How many images a part of a new prediction gets.
+
+    Args:
+        num_images: of the prediction.
+        num_processes: that can run at once.
+        most: see `PredictSettings.images_per_part`.
+        batch_size: of a forward pass, which a part should fill.
+    """
+    share = math.ceil(num_images / (PARTS_PER_PROCESS * num_processes))
+    return min(most, max(share, batch_size, LEAST_IMAGES_PER_PART))
+
+
+def cut_parts(entries: Sequence[Entry], part_size: int) -> list[list[Entry]]:
     """Consecutive entries; a part never reaches over the end of a table file."""
     parts: list[list[Entry]] = []
     for entry in entries:
         same_file = parts and (entry.row < 0 or parts[-1][-1].path == entry.path)
-        if not same_file or len(parts[-1]) == images_per_part:
+        if not same_file or len(parts[-1]) == part_size:
             parts.append([])
         parts[-1].append(entry)
     return parts
@@ -75,17 +92,17 @@ def digest_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def begin(output: str, images: str, inputs: Inputs, images_per_part: int, run: dict[str, Any]) -> Plan:
+def begin(output: str, images: str, inputs: Inputs, part_size: int, run: dict[str, Any]) -> Plan:
     """Write the plan of a new prediction.
 
     Args:
         output: absolute path or URL.
         images: as the user named them.
         inputs: what is there.
-        images_per_part: see `PredictSettings`.
+        part_size: images of a part, see `images_per_part`.
         run: model_id, and the settings that the results are a function of.
     """
-    parts = cut_parts(inputs.entries, images_per_part)
+    parts = cut_parts(inputs.entries, part_size)
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for number, part in enumerate(parts):
         for entry in part:

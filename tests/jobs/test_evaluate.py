@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint import DESCRIPTION_FILE
+from pipeline.command_line import parse
+from pipeline.evaluation import AP_METRICS
 from tests.jobs.running import Outcome, run_job, write_small_experiment
 from tests.pipeline.small import write_small_checkpoint
 
@@ -47,6 +50,57 @@ def test_it_leaves_a_report_and_an_mlflow_run(evaluated: Outcome, folder: Path) 
     assert {file.path for file in client.list_artifacts(run.info.run_id, "evaluation")} == {
         "evaluation/report.html", "evaluation/report.json",
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(folder: Path) -> Path:
+    """A run of the experiment, whose checkpoint is the same."""
+    checkpoint = folder / "runs" / "own_data" / "checkpoint-0000972"
+    shutil.copytree(folder / "checkpoint", checkpoint)
+    config = parse("", ["--config", str(folder / "small.yaml"), "--run.name", "own_data"]).experiment
+    description = json.loads((checkpoint / DESCRIPTION_FILE).read_text())
+    changes = {"step": 972, "config": config.model_dump(mode="json")}
+    (checkpoint / DESCRIPTION_FILE).write_text(json.dumps({**description, **changes}))
+    (checkpoint.parent / "run.json").write_text("{}")
+    return checkpoint.parent
+
+
+def test_a_run_is_evaluated_by_its_own_configuration_and_data(
+    evaluated: Outcome, run_folder: Path, folder: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    outcome = run_job("evaluate", "--checkpoint", "own_data", "--run.storage_path", str(run_folder.parent))
+    assert outcome.exit_code == 0, outcome.errors
+    assert outcome.output.splitlines()[0] == (
+        "evaluate: own_data, checkpoint 972: configuration of its training, --run.storage_path; "
+        f"data in {folder / 'shapes'}"
+    )
+    summary = outcome.last_line
+    assert {name: summary[name] for name in AP_METRICS} == {name: evaluated.last_line[name] for name in AP_METRICS}
+    page = Path(summary["report"]).read_text()
+    assert Path(summary["report"]).parent.parent == run_folder.parent / "evaluations"
+    assert "<title>Evaluation: own_data, checkpoint 972</title>" in page
+    assert f'<p class="place">{run_folder / "checkpoint-0000972"}</p>' in page
+    recorded = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_run(summary["mlflow_run_id"])
+    assert recorded.info.run_name == "evaluate own_data, checkpoint 972"
+    nowhere = [{"annotations": "gone.json"}]
+    path = run_folder / "checkpoint-0000972" / DESCRIPTION_FILE
+    description = json.loads(path.read_text())
+    description["config"]["data"] |= {"synthetic": None, "sources": nowhere}
+    path.write_text(json.dumps(description))
+    outcome = run_job("evaluate", "--checkpoint", str(run_folder))
+    assert outcome.exit_code == 1
+    assert outcome.error_lines == [
+        f"error: own_data, checkpoint 972: what it was trained on is not there (no {folder / 'shapes' / 'gone.json'}); "
+        "say with --data.root where it lies, or with --config on what else to evaluate"
+    ]
+
+
+def test_help_begins_with_the_plain_command() -> None:
+    outcome = run_job("evaluate", "--help", "--checkpoint", "nothing")
+    assert outcome.exit_code == 0, outcome.errors
+    assert outcome.output.splitlines()[4].strip() == "python jobs/evaluate.py --checkpoint own_data"
 
 
 def test_predictions_give_the_same_report(evaluated: Outcome, folder: Path) -> None:

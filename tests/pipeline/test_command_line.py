@@ -13,6 +13,7 @@ from pipeline.command_line import (
     ConfigurationError,
     explain_validation,
     known_keys,
+    options_given,
     parse,
     run_job,
     unknown_key,
@@ -68,6 +69,31 @@ def test_lists_and_optional_groups(tmp_path: Path) -> None:
     assert config.data.synthetic == SyntheticSettings(training_images=7)
     assert parsed("--data.sources", '[{"annotations": "x.json"}]').data.sources == (CocoSource(annotations="x.json"),)
     assert parsed("--data.canvases", "[[64, 64]]").data.canvases == ((64, 64),)
+
+
+def test_files_and_keys_change_what_is_there_already(tmp_path: Path) -> None:
+    there = {"data": {"root": "/there", "synthetic": {"seed": 5}, "sources": [{"annotations": "a.json"}]}}
+    base = ExperimentConfig.model_validate({**there, "scaling": {"num_workers": 2, "min_workers": 1}})
+    assert parse("A job.", [], base=base).experiment == base
+    arguments = ["--config", yaml_file(tmp_path, "train: {seed: 7}"), "--data.synthetic.training_images", "9"]
+    changed = parse("A job.", arguments, base=base).experiment
+    assert changed.data.synthetic == SyntheticSettings(training_images=9, seed=5)
+    assert (changed.train.seed, changed.data.root, changed.data.sources) == (7, "/there", base.data.sources)
+    assert parse("A job.", ["--data.synthetic", "null"], base=base).experiment.data.synthetic is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "expected"),
+    [
+        (["--checkpoint", "a", "--config=x=y", "--run.name", "b"], ("checkpoint", "config"),
+         [("checkpoint", "a"), ("config", "x=y")]),
+        (["--run.name", "b", "--running", "c", "--run={}"], ("run",), [("run.name", "b"), ("run", "{}")]),
+        (["checkpoint", "--checkpoint"], ("checkpoint",), [("checkpoint", "")]),
+        ([], ("run",), []),
+    ],
+)  # fmt: skip
+def test_options_given(arguments: list[str], names: tuple[str, ...], expected: list[tuple[str, str]]) -> None:
+    assert options_given(arguments, *names) == expected
 
 
 def test_names_that_others_rely_on(tmp_path: Path) -> None:
@@ -159,8 +185,12 @@ WRONG = [
     ("scaling: {num_workers: 0}", ["--scaling.num_workers", "0"], ">= 1"),
     ("checkpoints: {keep_last: 1}", ["--checkpoints.keep_last", "1"], ">= 2"),
     ("optim: {momentum: 1.0}", ["--optim.momentum", "1.0"], ">= 0 and < 1"),
-    ("optim: {name: adam}", ["--optim.name", "adam"], "'sgd', 'adamw'"),
-    ("model: {backbone: {depth: 19}}", ["--model.backbone.depth", "19"], "18, 34, 50, 101"),
+    ("optim: {name: adam}", ["--optim.name", "adam"], "adam is none of sgd, adamw"),
+    ("model: {backbone: {depth: 19}}", ["--model.backbone.depth", "19"], "19 is none of 18, 34, 50, 101"),
+    ("data: {policies: {missing_file: skip}}", ["--data.policies.missing_file", "skip"], "skip is none of error, drop"),
+    ("data: {verify_shards: maybe}", ["--data.verify_shards", "maybe"], "true or false, got maybe"),
+    ("train: {deterministic: maybe}", ["--train.deterministic", "maybe"], "true or false or null, got maybe"),
+    ("augment: {short_side: 3}", ["--augment.short_side", "3"], "a list or null, got 3"),
     ("model: {anchors: {scales: [1, 2]}}", ["--model.anchors.scales", "[1, 2]"], "5 elements"),
     ("data: {canvases: [[128, 100]]}", ["--data.canvases", "[[128, 100]]"], "a multiple of 32"),
     ("data: {canvases: []}", ["--data.canvases", "[]"], "at least 1 item"),
@@ -180,7 +210,7 @@ def test_wrong_value_is_named_with_what_is_allowed(
         message = error_of(given)
         assert message.startswith(f"{key}: ")
         assert allowed in message
-        for noise in ("pydantic", "input_value", "NoneType", "NestedArg", "Parser key"):
+        for noise in ("pydantic", "input_value", "NoneType", "NestedArg", "Parser key", "<class", "typing."):
             assert noise not in message
 
 
@@ -341,7 +371,8 @@ def test_a_mistake_found_in_a_task_reads_as_one_found_here(
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, line: int, key: str) -> None:
     file = yaml_file(tmp_path, text)
-    assert error_of(["--config", file]) == f"{file}: line {line}: {key} stands there twice; leave one"
+    for arguments in (["--config", file], [f"--config={file}"]):
+        assert error_of(arguments) == f"{file}: line {line}: {key} stands there twice; leave one"
 
 
 def test_an_optional_number_tells_its_range() -> None:

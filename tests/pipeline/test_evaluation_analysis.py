@@ -191,14 +191,17 @@ def test_the_page_needs_no_network_and_has_its_pictures(tmp_path: Path) -> None:
     annotations.write_text(json.dumps(content))
     shards: Any = Shards(annotations, content, names)
     assert evaluation_report.lvis_fields(shards) is None
-    evaluation_report.write_report(str(tmp_path / "report"), rows, shards, "runs/x & <y>", None)
+    evaluation_report.write_report(
+        str(tmp_path / "report"), rows, shards, "x & <y>", None, "/runs/x & <y>/checkpoint-9"
+    )
     page = (tmp_path / "report" / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
-    assert "runs/x &amp; &lt;y&gt;" in page
+    assert "<h1>Evaluation: x &amp; &lt;y&gt;</h1>" in page
+    assert '<p class="place">/runs/x &amp; &lt;y&gt;/checkpoint-9</p>' in page
     assert page.count("data:image/jpeg;base64,") == 2 * 24
     assert page.count("data:image/png;base64,") == 3
-    assert "LVIS" not in page
+    assert "LVIS protocol" not in page  # LVIS alone may stand in a coded picture
     json.loads((tmp_path / "report" / "report.json").read_text())
 
 
@@ -235,7 +238,14 @@ def test_detections_that_all_lie_in_a_crowd_leave_a_page(tmp_path: Path) -> None
     shards: Any = Shards(annotations, content, ["cat"])
     report = evaluation_report.write_report(str(tmp_path / "report"), [only], shards, "x", None)
     assert report["num_crowds"] == 1
-    assert (tmp_path / "report" / "report.html").exists()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert '<p class="place">' not in page, "the title is all there is to say"
+
+
+def test_the_line_for_people_has_a_dash_where_there_are_no_objects() -> None:
+    metrics = {"bbox_AP": 0.41234, "bbox_AP_large": -1.0, "segm_AP": 0.0, "rpn_AR_100": 0.5}
+    assert evaluation_report.metrics_line(metrics, "bbox") == "bbox_AP 0.412  bbox_AP_large -"
+    assert evaluation_report.metrics_line(metrics, "segm") == "segm_AP 0.000"
 
 
 def test_classes_that_lvis_does_not_have_are_left_out_of_its_protocol() -> None:

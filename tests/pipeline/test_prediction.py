@@ -22,7 +22,7 @@ from pipeline import prediction
 from pipeline.config import ExperimentConfig
 from pipeline.errors import UserError
 from pipeline.inference import Predictor
-from pipeline.prediction import find_plan, part_settings, predict
+from pipeline.prediction import counted, find_plan, part_settings, predict
 from pipeline.prediction_inputs import Entry
 from pipeline.prediction_model import load_predictor
 from pipeline.prediction_parts import PartPredictor
@@ -196,6 +196,43 @@ def test_only_what_is_missing_or_damaged_is_computed(
     assert summary["computed_now"] == 8
     assert (output / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
     assert {path.name for path in (output / "parts").iterdir()} == {path.name for path in parts}
+
+
+def test_few_images_are_shared_out_and_their_rows_are_the_same(
+    undisturbed: Path, predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default size of a part, two processes, and then one that goes on with the plan of the two."""
+    monkeypatch.setattr(prediction, "PROGRESS_SECONDS", 0.0)
+    said: list[str] = []
+    shared = config(images_per_part=256, num_workers=2)
+    summary = predict(shared, predictor, str(images), str(tmp_path), said.append)
+    assert summary["computed_now"] == 40
+    assert said[:2] == [
+        f"predict: 40 images of {images}, in 5 parts to {tmp_path}",
+        "predict: 2 processes with the model (CPU, 1 thread each)",
+    ]
+    assert len([line for line in said if " of 40 images  " in line]) == 5
+    ours, theirs = ([{**row, "config_digest": ""} for row in rows_of(path)] for path in (tmp_path, undisturbed))
+    assert ours == theirs
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert len(parts) == 5
+    parts[1].unlink()
+    said.clear()
+    one = config(images_per_part=256, num_workers=1)
+    assert predict(one, predictor, str(images), str(tmp_path), said.append)["computed_now"] == 8
+    assert said[:3] == [
+        f"predict: going on with the plan in {tmp_path}: 40 images in 5 parts",
+        "predict: there already: 4 of 5 parts",
+        "predict: 1 process with the model (CPU, 1 thread each)",
+    ]
+    assert "40 of 40 images  2 errors" in said[3]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "expected"), [(0, "error", "0 errors"), (1, "part", "1 part"), (2, "process", "2 processes")]
+)
+def test_plurals(number: int, name: str, expected: str) -> None:
+    assert counted(number, name) == expected
 
 
 def test_other_settings_are_refused(undisturbed: Path, predictor: Predictor, images: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.prediction_inputs import Entry, Inputs
-from pipeline.prediction_plan import PLAN_FILE, RUN_FILE, begin, cut_parts, resume
+from pipeline.prediction_plan import PLAN_FILE, RUN_FILE, begin, cut_parts, images_per_part, resume
 
 RUN: dict[str, Any] = {"model_id": "m", "settings": {"predict": {"batch_size": 2}, "viewing": {"tiling": None}}}
 
@@ -19,6 +19,23 @@ def test_parts_hold_every_entry_once_in_order(number: int, size: int, sizes: lis
     parts = cut_parts(entries(number), size)
     assert [len(part) for part in parts] == sizes
     assert [entry for part in parts for entry in part] == entries(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "most", "batch_size", "size"),
+    [
+        (239, 2, 256, 8, 15),  # sixteen parts
+        (239, 16, 256, 8, 8),
+        (239, 16, 256, 32, 32),
+        (239, 2, 7, 8, 7),
+        (3, 2, 256, 8, 8),
+        (10_000, 2, 256, 8, 256),
+    ],
+)
+def test_few_images_are_work_for_all_processes(
+    number: int, processes: int, most: int, batch_size: int, size: int
+) -> None:
+    assert images_per_part(number, processes, most, batch_size) == size
 
 
 def test_a_part_of_a_table_is_of_one_file() -> None:
