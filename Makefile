@@ -67,8 +67,11 @@ ui: setup  ## MLflow pages of the local runs, on http://127.0.0.1:5000; MLFLOW_P
 	@mkdir -p $(RUNS)
 	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(MLFLOW_PORT)))' 2>/dev/null || \
 	  { echo "port $(MLFLOW_PORT) is taken; try make ui MLFLOW_PORT=5001"; exit 1; }
-	@echo "MLflow starts, which takes half a minute; then open"
-	@echo "  http://127.0.0.1:$(MLFLOW_PORT)/#/experiments/1/runs?workflowType=machine_learning   (Ctrl-C ends it)"
+	@latest='select experiment_id from runs order by start_time desc limit 1'; \
+	  id=$$($(BIN)/python -c 'import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute(sys.argv[2]).fetchone())' \
+	    $(RUNS)/mlflow.db "$$latest" 2>/dev/null || echo 1); \
+	  echo "MLflow starts, which takes half a minute; then open"; \
+	  echo "  http://127.0.0.1:$(MLFLOW_PORT)/#/experiments/$$id/runs?workflowType=machine_learning   (Ctrl-C ends it)"
 	@PYTHONWARNINGS=ignore $(BIN)/mlflow ui --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
 	  --uvicorn-opts "--log-level warning" --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db
 

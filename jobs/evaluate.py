@@ -11,8 +11,9 @@ torchvision:FILE, torchvision:NAME), whose classes are taken by name; left out, 
 output of jobs/predict.py.
 
 A checkpoint of ours is evaluated with the configuration and the data of its training, and with what keys of the command
-line change of these. With --config that configuration counts instead; the data are still those of the training where
-nothing names a data.root. A line tells whose configuration and data it is.
+line change of these (a fraction that was kept back to validate on is kept back of other data too). With --config that
+configuration counts instead; data.root is still that of the training where nothing names one. A line tells whose
+configuration and data it is.
 
 report.html, report.json and an MLflow run hold AP by class and size, curves, confusion, kinds of errors, calibration
 and the worst images; of LVIS's annotations its own protocol too. The last line printed is JSON.

@@ -30,7 +30,8 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
         others: (..., M, 4) xyxy in the same frame.
 
     Returns:
-        (..., N, M) in 0..1; 0 where either box has no area. There is no gradient.
+        (..., N, M) in 0..1; 0 where either box has no area, NaN where one is NaN. There is no
+        gradient.
     """
     left, top, right, bottom = boxes[..., :, None, :].unbind(dim=-1)  # (..., N, 1)
     other_left, other_top, other_right, other_bottom = others[..., None, :, :].unbind(dim=-1)  # (..., 1, M)

@@ -153,7 +153,8 @@ def sample_regions(proposals: Tensor, proposals_valid: Tensor, batch: Batch, con
     if config.roi.add_ground_truth:
         boxes = torch.cat([boxes, batch.boxes], dim=1)
         valid = torch.cat([valid, (batch.classes > 0) & ~batch.is_crowd], dim=1)
-    iou, crowd_iou = _object_and_crowd_iou(boxes, batch)
+    # Boxes of a model that diverges become negatives, so that its losses tell.
+    iou, crowd_iou = _object_and_crowd_iou(boxes.nan_to_num(nan=0.0), batch)
     best_iou, matched_gt_index = iou.max(dim=2)
     positive = (best_iou >= config.roi.positive_iou) & (best_iou > 0) & valid
     negative = (best_iou < config.roi.positive_iou) & (crowd_iou < config.crowd_iou) & valid

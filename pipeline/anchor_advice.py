@@ -222,8 +222,8 @@ def search_space(advice: dict[str, Any]) -> str:
     }
     lines = [
         "# What:    anchors worth a sweep, from jobs/prepare.py's look at the training boxes; configured ones first.",
-        f"# Result:  recall at IoU {POOR_IOU} / {GOOD_IOU} of each, over all objects; the first counts, "
-        f"{ENOUGH} is enough:",
+        f"# Result:  recall at IoU {POOR_IOU} / {GOOD_IOU} of each, over all objects; that at {POOR_IOU} "
+        f"decides, {ENOUGH} is enough:",
         *(f"#          {_recalls(e)}  {e['name']}: scales {e['scales']}, ratios {e['ratios']}" for e in entries),
     ]
     return "\n".join(lines) + "\n" + yaml.safe_dump(space, sort_keys=False, default_flow_style=None)

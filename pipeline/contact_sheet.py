@@ -74,7 +74,7 @@ def _rank(problem: Problem) -> tuple[int, int]:
 
 
 def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_names: Sequence[str]) -> str:
-    """An image with its masks, coloured by class; annotations with a problem are labelled with their id."""
+    """An image with its masks, coloured by class; annotations with a problem have their id beside it."""
     if record is None:
         return ""
     try:

@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 from pipeline.inference import find_weights
 from pipeline.run_state import RUN_FILE
 
+NAMING_DATA = ("data.root", "data.sources", "data.validation_sources", "data.synthetic", "data.shards")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -40,26 +42,42 @@ def find_training(arguments: Sequence[str]) -> Training | None:
     Raises:
         UserError: there is no such checkpoint, or its configuration cannot be read.
     """
-    telling = options_given(arguments, "config", "checkpoint", "model.weights", "run", "data")
-    options = parse("", [f"--{name}={value}" for name, value in telling], optional={"checkpoint": ""})
+    has_file = bool(options_given(arguments, "config"))
+    telling = options_given(arguments, "checkpoint", "model.weights", "run")
+    options = parse(
+        "",
+        arguments if has_file else [f"--{name}={value}" for name, value in telling],
+        optional=dict.fromkeys(("checkpoint", "predictions", "output"), ""),
+    )
     alone: ExperimentConfig = options.experiment
     checkpoint = find_weights(alone, options.checkpoint)
     if is_import(checkpoint):
         return None
     description = read_description(checkpoint)
     trained = description.experiment()
-    if not options_given(arguments, "config"):
+    if not has_file:
         run = trained.run.model_copy(update={"storage_path": _storage_path(checkpoint, alone.run.storage_path)})
-        base = trained.model_copy(update={"run": run})
-    elif alone.data.shards is None:
+        base = trained.model_copy(update={"run": run, "data": _data_beside(trained.data, arguments)})
+    elif alone.data.shards is None and alone.data.synthetic is None:
         base = ExperimentConfig(data=DataSettings(root=trained.data.root))
-    else:  # they are the data; those of the training must not be written over them
+    else:  # they are the data; nothing must be written over those of the training
         base = ExperimentConfig()
     return Training(checkpoint, base, "data" in description.config, alone.data.root)
 
 
+def _data_beside(trained: DataSettings, arguments: Sequence[str]) -> DataSettings:
+    """Data of the training, for keys that may name others: nothing is then written where those of the training lie."""
+    given = {name for name, _ in options_given(arguments, "data", "augment")}
+    changes: dict[str, None] = {}
+    if given and "data.shards" not in given:
+        changes["shards"] = None  # made of other rows
+    if "data.root" in given and not options_given(arguments, "data.synthetic"):
+        changes["synthetic"] = None  # the shapes would be drawn there
+    return trained.model_copy(update=changes)
+
+
 def _storage_path(checkpoint: str, looked_in: str) -> str:
-    """Where the run of a checkpoint is now, which may have been moved; of one without its run, where it was found."""
+    """Where the run of a checkpoint is now, which may have moved; without its run, where runs are looked for."""
     run_folder = os.path.dirname(checkpoint)
     below = checkpoint.startswith(os.path.join(storage.absolute(looked_in), ""))
     return looked_in if below or not os.path.exists(os.path.join(run_folder, RUN_FILE)) else os.path.dirname(run_folder)
@@ -114,7 +132,7 @@ def check_data_known(
     Raises:
         UserError: with what to give.
     """
-    if options_given(arguments, "config", "data") or is_import(source):
+    if options_given(arguments, "config", *NAMING_DATA) or is_import(source):
         return
     missing = _missing_annotations(config)
     title, of_the_data = title_of(source), "name a configuration of the data with --config"

@@ -174,6 +174,11 @@ def _length(config: ExperimentConfig) -> str:
     return f"epochs {train.epochs:g}, max_steps {train.max_steps}{early}"
 
 
+def _in_words(length: str) -> str:
+    """What `_length` says, without what is not set."""
+    return length.replace(", max_steps None", "")
+
+
 def _check_data(config: ExperimentConfig, shards: ShardSet, validation: ShardSet) -> None:
     if len(shards) < 1 or len(validation) < 1:
         raise UserError("training and validation need at least one image each")
@@ -219,12 +224,13 @@ def _where_it_begins(config: ExperimentConfig, steps: int, folder: str, state: r
         return f"beginning {run}"
     stored, result = CheckpointStore(folder).list(), run_state.read_result(folder)
     step = stored[-1].description.step if stored else 0
+    asked = _in_words(_length(config))
     if step >= steps:
-        return f"{run} has {step} steps already, and {_length(config)} makes {steps}: no step is left to train"
-    if result is not None:
+        return f"{run} has {step} steps already, and {asked} makes {steps}: no step is left to train"
+    if result is not None and step <= result.summary["steps"]:  # not cut off since
         return (
-            f"going on with {run}, which had finished at step {step} ({result.length}): {steps - step} steps more, "
-            f"since it is now {_length(config)}"
+            f"going on with {run}, which had finished at step {step} ({_in_words(result.length)}): "
+            f"{steps - step} steps more, since {asked} is asked now"
         )
     return f"going on with {run}, whose last checkpoint is of step {step} of {steps}"
 

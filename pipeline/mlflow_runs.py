@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 RUN_TAG, JOURNAL_TAG, PARENT_TAG = "mask_rcnn.run_folder", "mask_rcnn.journal", "mlflow.parentRunId"
+DATABASE = "mlflow.db"
 MAX_METRICS_A_CALL = 1000  # MLflow's limit
 MAX_PARAMETERS_A_CALL = 100
 MAX_PARAMETER_LENGTH = 6000
@@ -24,7 +25,7 @@ def default_uri(storage_path: str) -> str:
         raise UserError(
             f"run.storage_path {storage_path} cannot hold MLflow's sqlite file; name a server with --run.mlflow_uri"
         )
-    return f"sqlite:///{os.path.abspath(storage_path)}/mlflow.db"
+    return f"sqlite:///{os.path.abspath(storage_path)}/{DATABASE}"
 
 
 def find_experiment(client: Any, name: str, artifacts_folder: str | None) -> str:

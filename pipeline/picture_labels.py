@@ -23,14 +23,18 @@ Array = npt.NDArray[np.float64]
 
 @functools.cache
 def font(letters: int) -> ImageFont.FreeTypeFont:
-    """Letters of that many pixels. Those that come with Pillow have hardly a space, and English ones only."""
+    """Letters of that many pixels, of European languages; others become boxes.
+
+    Those that come with Pillow are English ones only, and have hardly a space.
+    """
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), letters)
 
 
 def shortened(text: str, letters: int, width: float) -> str:
-    """The text, without its middle where it is wider than that."""
+    """The text in one line, without its middle where it is wider than that."""
+    text = " ".join(text.split())  # names may hold line breaks
     kept, short = len(text), text
     while kept and font(letters).getlength(short) > width:
         kept -= 1

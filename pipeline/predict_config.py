@@ -49,7 +49,7 @@ class PredictSettings(Config):
     key_column: str | None = None
     """Column that names an image; null: its path, or its file and row."""
     images_per_part: PositiveInt = 256
-    """Most images of one output file, computed whole or not at all; fewer where else a process would have none."""
+    """Most images of one output file, computed whole or not at all; fewer, down to 8, for as many processes."""
     batch_size: PositiveInt = 8
     """Images of a forward pass."""
     num_workers: PositiveInt | None = None

@@ -137,11 +137,11 @@ def _tell_changes(plan: Plan, images: str, config: ExperimentConfig, say: Say) -
         say(f"warning: predict: the images cannot be listed any more: {error}")
         return
     planned = {entry.key for part in plan.parts for entry in part}
-    changes = ((present - planned, "came after the plan was made"), (planned - present, "went after the plan was made"))
-    for names, what in changes:
+    for names, what in ((present - planned, "came"), (planned - present, "vanished")):
         if names:
             number = counted(len(names), "image")
-            say(f"warning: predict: {number} {what} ({min(names)}); another --output begins anew")
+            told = f"{number} {what} since the plan was made ({min(names)})"
+            say(f"warning: predict: {told}; another --output begins anew")
 
 
 def part_settings(config: ExperimentConfig, predictor: Predictor, plan: Plan) -> PartSettings:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from model.losses import LOSS_NAMES
@@ -14,6 +15,7 @@ from pipeline.tracking import SHOW_GROUP
 
 POLL_SECONDS = 0.5
 LOG_LINE_SECONDS = 10.0
+LATE_PACES = 10  # that the time left goes by
 
 
 def duration(seconds: float) -> str:
@@ -21,6 +23,19 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def settled_paces(paces: Sequence[float]) -> Sequence[float]:
+    """Seconds a step, in order, without the first ones: those steps wait for the stream, and fill caches."""
+    return paces[1 + len(paces) // 4 :]
+
+
+def seconds_left(num_steps: int, paces: Sequence[float]) -> float | None:
+    """Time for so many steps by the pace of late; None where only first steps were timed."""
+    if num_steps == 0:
+        return 0.0
+    late = settled_paces(paces)[-LATE_PACES:]
+    return num_steps * statistics.median(late) if late else None
 
 
 def step_line(progress: dict[str, Any]) -> str:

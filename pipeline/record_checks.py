@@ -42,8 +42,8 @@ class CheckedRecords:
     records: list[ImageRecord]
     problems: list[Problem]
     quarantined: list[Quarantined]
-    """Images and annotations that are left out; those in `records`, these, and those that stop the job, with the
-    annotations of such images, are all of the file's."""
+    """Images and annotations that are left out. All of the file's are in `records`, or here, or stop the job, an image
+    with its annotations."""
 
 
 def check_records(

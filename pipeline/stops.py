@@ -63,7 +63,7 @@ def _missing_files(found: Sequence[tuple[CocoFile, Problem]], num_images: Mappin
         for folder, path in ordered
     ]
     files, first = [path for _, path in ordered], names[ordered[0]][0]
-    return Stop("missing_file", len(found), files, first, _first(texts), max(lacking.values()) > 0.5)
+    return Stop("missing_file", len(found), files, first, _first(texts), max(lacking.values()) > 0.5 and len(found) > 1)
 
 
 def _example(file: CocoFile, problem: Problem) -> str:
@@ -100,9 +100,11 @@ def explain_stops(stops: Sequence[Stop]) -> str:
             cure = "set data.root or the source's images folder"
     else:
         told = ", ".join(f"{stop.count} {stop.kind} ({stop.first})" for stop in rest)
-        if not begin:
-            files = list(dict.fromkeys(path for stop in stops for path in stop.files))
-            begin = f"{len(stops)} kinds of problem in {_first(files, ', ')} stop the job: "
+        files = _first(list(dict.fromkeys(path for stop in rest for path in stop.files)), ", ")
+        if begin:
+            told, cure = f"{told} in {files}", "for these mend the data"
+        else:
+            begin = f"{len(stops)} kinds of problem in {files} stop the job: "
     return f"{begin}{told}; {cure}, or add {_ways_on([stop.kind for stop in rest])}"
 
 

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.journal import Journal, Record
 from pipeline.mlflow_models import log_served_model, served_models
 from pipeline.mlflow_runs import (
+    DATABASE,
     JOURNAL_TAG,
     MAX_METRICS_A_CALL,
     PARENT_TAG,
@@ -39,6 +40,7 @@ from pipeline.mlflow_runs import (
 )
 
 NAMESPACE = "mask-rcnn"
+RUNS = Path(__file__).resolve().parents[1] / "runs"  # whose pages `make ui` shows
 SHOW_GROUP = "show"  # concurrency group of the calls that set and get the progress
 FLUSH_SECONDS = 2.0
 RETRY_SECONDS = 10.0
@@ -129,15 +131,17 @@ class Tracker:
         return self._run_id or self._journal.mark.run_id
 
     def link(self) -> str | None:
-        """Where a person sees the run, None as long as MLflow has not answered."""
+        """Where a person sees the run, None as long as MLflow has not answered, and where it has no page to name."""
         if self._run_id is None or self._experiment_id is None:
             return None
         # MLflow shows what it has for language models unless it is told otherwise.
         place = f"/#/experiments/{self._experiment_id}/runs/{self._run_id}?workflowType=machine_learning"
         if self._uri.startswith(("http://", "https://")):
             return self._uri.rstrip("/") + place
-        folder = Path(self._uri.removeprefix("sqlite:///")).parent
-        command = "make ui" if folder.name == "runs" else f"make ui RUNS={folder}"
+        database = Path(self._uri.removeprefix("sqlite:///"))
+        if not self._uri.startswith("sqlite:///") or database.name != DATABASE:
+            return None
+        command = "make ui" if database.parent == RUNS else f"make ui RUNS={database.parent}"
         return f"http://127.0.0.1:5000{place} after `{command}`"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

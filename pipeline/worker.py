@@ -39,6 +39,7 @@ from pipeline.ledger import StepLedger, peak_memory_megabytes
 from pipeline.nonfinite import is_bad
 from pipeline.optim import build_optimizer, learning_rate, scale_to_batch
 from pipeline.prepare import PreparedData
+from pipeline.progress import seconds_left, settled_paces
 from pipeline.shards import ShardSet
 from pipeline.stopping import JUDGED_METRICS, stop_reason
 from pipeline.stream import LoadBlock
@@ -59,9 +60,6 @@ from pipeline.worker_batches import WorkerBatches
 from pipeline.worker_checkpoints import WorkerCheckpoints
 from pipeline.worker_evaluation import WorkerEvaluation
 from pipeline.worker_voice import WorkerVoice
-
-LATE_PACES = 10
-"""Loggings that the time left goes by."""
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -245,10 +243,11 @@ class Worker:
 
     def summary(self) -> dict[str, Any]:
         """How far and how fast it went."""
+        settled = settled_paces(self.paces)
         return {
             "steps": self.step,
             "images_per_second": round(self._speed(), 2),
-            "seconds_a_step": round(statistics.median(self._settled_paces()), 5) if self._settled_paces() else None,
+            "seconds_a_step": round(statistics.median(settled), 5) if settled else None,
             "step_seconds": self.ledger.means() if self.ledger is not None else {},
             "first_batch_seconds": self.ledger.first_batch_seconds if self.ledger is not None else None,
             "peak_memory_megabytes": round(peak_memory_megabytes(self.device)),
@@ -305,7 +304,7 @@ class Worker:
             losses=dict(zip(STEP_METRICS, rows[-1], strict=True)),
             images_per_second=images_per_second,
             data_wait_fraction=pace.waited / seconds,
-            seconds_left=self._seconds_left(),
+            seconds_left=seconds_left(self.last_step - self.step, self.paces),
         )
         return bool(decision.item() > 0)
 
@@ -365,15 +364,6 @@ class Worker:
     def _show(self, **news: Any) -> None:
         """Tell the driver where the training is."""
         self.voice.show({"step": self.step, "last_step": self.last_step, "epoch": self._epoch(), **news})
-
-    def _settled_paces(self) -> list[float]:
-        """Seconds a step since this start, the first steps left out: they wait for the stream, and fill caches."""
-        return self.paces[1:][len(self.paces) // 4 :]
-
-    def _seconds_left(self) -> float | None:
-        """By the pace of late; None where only first steps were timed."""
-        late = self._settled_paces()[-LATE_PACES:]
-        return (self.last_step - self.step) * statistics.median(late) if late else None
 
     def _speed(self) -> float:
         """Images a second over the steps since this start, or those before where there are none."""

@@ -69,7 +69,7 @@ def pictured_rows(row_classes: Sequence[Sequence[int]]) -> list[int]:
     """At most four rows with objects, from everywhere: images beside each other in a file often show the same place.
 
     Args:
-        row_classes: classes of the objects of every row; the same ones give the same rows.
+        row_classes: classes of the objects of every row; nothing else counts, so all evaluations show the same images.
     """
     with_objects = [row for row, classes in enumerate(row_classes) if classes]
     places = {len(with_objects) * part // NUM_PICTURES for part in range(NUM_PICTURES)}

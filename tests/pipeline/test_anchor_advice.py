@@ -179,7 +179,7 @@ def test_anchors_that_reach_enough_objects_by_half_are_kept() -> None:
         "model.anchors.scales [16.0, 32.0, 64.0, 128.0, 256.0] overlap 90.0% of the objects by 0.5, 0.0% by 0.7; "
         "keep them (90% by 0.5 are enough)"
     )
-    assert "; the first counts, 0.9 is enough:\n" in search_space(advice)
+    assert "; that at 0.5 decides, 0.9 is enough:\n" in search_space(advice)
     assert "; few (90%" in anchors_in_words(advise(squares(*[21] * 8, 4, 4), configured))
 
 

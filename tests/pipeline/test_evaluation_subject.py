@@ -100,6 +100,28 @@ def test_a_configuration_replaces_that_of_the_training(tmp_path: Path, data: Pat
     assert resolved(*shards)[0] == parse("", shards, optional={"checkpoint": ""}).experiment
 
 
+def test_a_configuration_makes_sense_with_its_keys(tmp_path: Path, checkpoint: Path) -> None:
+    """Without them it would be refused."""
+    file = yaml_file(tmp_path, {"scaling": {"min_workers": 4}})
+    arguments = ("--config", file, "--checkpoint", str(checkpoint), "--scaling.num_workers", "4")
+    assert resolved(*arguments)[0].scaling.min_workers == 4
+
+
+def test_nothing_is_written_over_the_data_of_the_training(tmp_path: Path, data: Path) -> None:
+    """Not other rows into its shards, and no shapes into folders that were not made for them."""
+    shapes = {"training_images": 8, "validation_images": 4}
+    stored = {"root": str(data), "shards": str(tmp_path / "shards"), "synthetic": shapes}
+    checkpoint = str(write_run(tmp_path / "runs", stored))
+    for where in ("--checkpoint", checkpoint), ("--checkpoint", checkpoint, "--predict.flip=true"):
+        same = resolved(*where)[0].data
+        assert (same.shards, same.synthetic is not None) == (stored["shards"], True)
+    for change in ("--data.root", str(tmp_path)), ("--data.canvases", "[[64, 64]]"), ("--augment.hue", "0.1"):
+        assert resolved("--checkpoint", checkpoint, *change)[0].data.shards is None
+    assert resolved("--checkpoint", checkpoint, "--data.root", str(tmp_path))[0].data.synthetic is None
+    file = yaml_file(tmp_path, {"data": {"synthetic": shapes}})
+    assert resolved("--checkpoint", checkpoint, "--config", file)[0].data.root == ExperimentConfig().data.root
+
+
 def test_weights_of_others_bring_nothing(tmp_path: Path) -> None:
     assert find_training(["--checkpoint", "torchvision:nowhere.pth"]) is None
     assert find_training(["--model.weights", "matterport:nowhere.h5"]) is None

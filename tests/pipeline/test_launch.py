@@ -64,11 +64,13 @@ def test_where_a_run_begins_is_told(tmp_path: Path) -> None:
     description = Description(20, 1.0, 1.0, {}, [], "digest", config.model_dump(mode="json"))
     CheckpointStore(folder).commit(20, lambda place: write_state(place, nothing, description), lambda: None)
     assert _where_it_begins(config, 40, folder, state).endswith(", whose last checkpoint is of step 20 of 40")
-    run_state.write_result(folder, run_state.RunResult(_length(small_config(train={"epochs": 1.0})), {}))
+    result = run_state.RunResult(_length(small_config(train={"epochs": 1.0})), {"steps": 20})
+    run_state.write_result(folder, result)
     assert _where_it_begins(config, 40, folder, state) == (
-        f"going on with {begins}, which had finished at step 20 (epochs 1, max_steps None): 20 steps more, "
-        "since it is now epochs 2, max_steps None"
+        f"going on with {begins}, which had finished at step 20 (epochs 1): 20 steps more, since epochs 2 is asked now"
     )
     assert _where_it_begins(config, 10, folder, state) == (
-        f"{begins} has 20 steps already, and epochs 2, max_steps None makes 10: no step is left to train"
+        f"{begins} has 20 steps already, and epochs 2 makes 10: no step is left to train"
     )
+    run_state.write_result(folder, run_state.RunResult(result.length, {"steps": 10}))  # went on since, and was killed
+    assert _where_it_begins(config, 40, folder, state).endswith(", whose last checkpoint is of step 20 of 40")

@@ -89,3 +89,11 @@ def test_a_text_is_shortened_in_its_middle(name: str) -> None:
         assert 0 <= len(start) - len(end) <= 1
         assert font(12).getlength(short) > 120
     assert shortened("tray.jpg", 12, 150) == "tray.jpg"
+
+
+def test_names_with_line_breaks_are_one_line() -> None:
+    """The letters' library refuses them."""
+    assert shortened("a\nb\r\n c.png", 10, 1000) == "a b c.png"
+    picture = Image.new("RGB", SIZE)
+    write_labels(picture, np.array([[10.0, 40.0, 60.0, 80.0]]), ["two\nlines"], [(255, 0, 0)])
+    assert picture.getbbox() is not None

@@ -96,9 +96,11 @@ def test_where_most_images_are_missing_the_folder_is_told_first_and_no_way_round
     )
     both = told((FILE, TWICE), *((FILE, p) for p in missing(6)))
     assert explain_stops(both) == (
-        f"{text}; besides 1 duplicate_annotation_id (annotation id 1 stands there twice); mend the data, "
-        "or add --data.policies.duplicate_annotation_id drop"
+        f"{text}; besides 1 duplicate_annotation_id (annotation id 1 stands there twice) in "
+        "/data/instances.json; for these mend the data, or add --data.policies.duplicate_annotation_id drop"
     )
+    alone = explain_stops(told((FILE, missing(1)[0]), listed=1))
+    assert "most likely" not in alone, "a single image tells little about its folder"
 
 
 def test_annotations_that_go_with_their_image_are_told_apart() -> None:

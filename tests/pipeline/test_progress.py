@@ -3,7 +3,14 @@
 import pytest
 
 from model.losses import LOSS_NAMES
-from pipeline.progress import ProgressDisplay, duration, evaluation_line, step_line
+from pipeline.progress import (
+    ProgressDisplay,
+    duration,
+    evaluation_line,
+    seconds_left,
+    settled_paces,
+    step_line,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,21 @@ def test_a_step_shows_epoch_step_losses_speed_and_time_left() -> None:
         "epoch 1.25  step 50/200  loss 1.500 = rpn_class_loss 0.100  rpn_bbox_loss 0.200  mrcnn_class_loss 0.300  "
         "mrcnn_bbox_loss 0.400  mrcnn_mask_loss 0.500  12.3 images/s  data wait 1.5%  1:37 left"
     )
+
+
+@pytest.mark.parametrize(
+    ("paces", "settled"),
+    [([], []), ([9], []), ([9, 8], [8]), ([9, 8, 7, 6], [7, 6]), ([9] * 5 + [1] * 5, [9, 9] + [1] * 5)],
+)
+def test_the_first_steps_are_not_as_the_rest(paces: list[float], settled: list[float]) -> None:
+    assert list(settled_paces(paces)) == settled
+
+
+def test_the_time_left_goes_by_the_steps_of_late() -> None:
+    assert seconds_left(7, [9.0]) is None
+    assert seconds_left(0, []) == 0.0
+    assert seconds_left(7, [90.0, 2.0]) == 14.0
+    assert seconds_left(7, [5.0] * 100 + [2.0] * 10) == 14.0
 
 
 def test_the_time_left_waits_for_steps_that_are_as_the_rest() -> None:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from pipeline.errors import UserError
 from pipeline.mlflow_models import download_checkpoint
 from pipeline.mlflow_runs import PARENT_TAG, default_uri, flatten
-from pipeline.tracking import Tracker, journal_folder
+from pipeline.tracking import RUNS, Tracker, journal_folder
 
 
 @pytest.fixture
@@ -348,3 +348,22 @@ def test_downloading_the_checkpoint_of_a_run_without_one_says_so(uri: str, tmp_p
     assert (Path(download_checkpoint(run_id, uri)) / "checkpoint.json").read_text() == "{}"
     with pytest.raises(UserError, match="0" * 32):
         download_checkpoint("0" * 32, uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        (f"sqlite:///{RUNS}/mlflow.db", "http://127.0.0.1:5000{place} after `make ui`"),
+        ("sqlite:////data/runs/mlflow.db", "http://127.0.0.1:5000{place} after `make ui RUNS=/data/runs`"),
+        ("sqlite:////data/runs/other.db", None),  # whose pages `make ui` does not show
+        ("postgresql://user:secret@host/mlflow", None),
+        ("databricks", None),
+        ("https://host/mlflow/", "https://host/mlflow{place}"),
+    ],
+)
+def test_the_page_of_a_run(uri: str, page: str | None, tmp_path: Path) -> None:
+    tracker = make_tracker(uri, tmp_path)
+    assert tracker.link() is None, "MLflow has not answered yet"
+    tracker._run_id, tracker._experiment_id = "r", "3"
+    place = "/#/experiments/3/runs/r?workflowType=machine_learning"
+    assert tracker.link() == (page and page.format(place=place))
