@@ -29,7 +29,7 @@ START = [{"optim.learning_rate": BAD_RATE}, {"optim.learning_rate": GOOD_RATE}]
     [
         (["--sweep.space", "{model.rpn.nms_treshold: {choice: [0.5]}}"], ["nms_treshold: no such key; did you mean"]),
         (["--sweep.space", "{model.rpn.nms_threshold: {uniform: [0, 2]}}"], ["sweep.space.model.rpn.nms_threshold"]),
-        (["--sweep.search", "best"], ["sweep.search", "'random', 'grid', 'tpe'", "got best"]),
+        (["--sweep.search", "best"], ["sweep.search: best is none of random, grid, tpe"]),
         (["--sweep.reduction_factor", "1"], ["sweep.reduction_factor", "> 1"]),
         (["--sweep.max_trails", "5"], ["sweep.max_trails: no such key; did you mean sweep.max_trials?"]),
         ([], ["sweep.space: is empty"]),
