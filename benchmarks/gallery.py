@@ -25,6 +25,7 @@ MEAN_STEPS = 10  # losses of so many steps are averaged
 WIDTH = 800  # pixels of the curves
 COLUMNS, COLUMN_WIDTH, GAP = 2, 600, 12  # of the predictions
 JPEG_QUALITY = 85
+TEXT_HEIGHT = 40  # more than the letters of titles and names have, less than a picture
 WHITE = 255
 
 
@@ -59,11 +60,11 @@ def draw_curves(client: Any, run_id: str, path: Path) -> None:
 
 
 def lines_of(sheet: Image.Image) -> list[Image.Image]:
-    """The lines of a sheet, annotations beside predictions each, which white ones part; the title is left out."""
+    """The lines of a sheet, annotations beside predictions each, which white ones part; texts are left out."""
     is_blank = (np.asarray(sheet) == WHITE).all(axis=(1, 2))
     borders = np.flatnonzero(np.diff(np.concatenate([[True], is_blank, [True]]).astype(np.int8)))
     blocks = [(int(top), int(bottom)) for top, bottom in borders.reshape(-1, 2)]
-    return [sheet.crop((0, top, sheet.width, bottom)) for top, bottom in blocks[1:]]
+    return [sheet.crop((0, top, sheet.width, bottom)) for top, bottom in blocks if bottom - top > TEXT_HEIGHT]
 
 
 def arrange_predictions(client: Any, run_id: str, path: Path) -> None:
