@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from model.config import AnchorConfig
-from pipeline.command_line import ConfigurationError, explain_validation, known_keys, unknown_key
+from pipeline.command_line import ConfigurationError
 from pipeline.config import ExperimentConfig
+from pipeline.key_mistakes import explain_validation, known_keys, unknown_key
 from pipeline.search_space import (
     ADVISED,
     ANCHOR_KNOBS,

@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.command_line import explain_validation, say
+from pipeline.command_line import say
 from pipeline.config import ExperimentConfig, RunSettings
 from pipeline.errors import UserError
+from pipeline.key_mistakes import explain_validation
 from pipeline.launch import TrialOfSweep, finished_summary, train
 from pipeline.prepare import PreparedData
 from pipeline.search import point_key

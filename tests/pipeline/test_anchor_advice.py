@@ -20,8 +20,8 @@ from pipeline.anchor_advice import (
     suggest,
 )
 from pipeline.coco import read_coco_file, unite_classes
-from pipeline.command_line import known_keys
 from pipeline.config import CocoSource, ExperimentConfig, PolicySettings
+from pipeline.key_mistakes import known_keys
 from pipeline.preflight import boxes_on_canvas
 from pipeline.record_checks import check_records
 from tests.pipeline.factories import SHARED_DATA, needs_shared_data

@@ -9,17 +9,14 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.command_line import (
-    OTHER_NAMES,
     ConfigurationError,
-    explain_validation,
-    known_keys,
     options_given,
     parse,
     run_job,
-    unknown_key,
 )
 from pipeline.config import CocoSource, ExperimentConfig, SyntheticSettings
 from pipeline.errors import UserError
+from pipeline.key_mistakes import OTHER_NAMES, explain_validation, known_keys, unknown_key
 
 ROOT = Path(__file__).resolve().parents[2]
 

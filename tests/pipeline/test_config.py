@@ -11,8 +11,9 @@ import model.config
 import pipeline.config
 import pipeline.predict_config
 from model.config import Config
-from pipeline.command_line import known_keys, parse
+from pipeline.command_line import parse
 from pipeline.config import CocoSource, DataSettings, ExperimentConfig
+from pipeline.key_mistakes import known_keys
 from pipeline.space_parsing import check_search, parse_space
 from pipeline.sweep_config import SweepConfig, SweepSettings
 
