@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +51,7 @@ def log_served_model(uri: str, run: Any, checkpoint: str) -> None:
 
 
 def download_model(reference: str, uri: str) -> str:
-    """Local folder with the checkpoint of a model of the registry, or of one that a run has logged.
+    """Local folder, for as long as this process runs, with the checkpoint of a model of the registry or of a run.
 
     Args:
         reference: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `models:/ID`.
@@ -64,7 +66,7 @@ def download_model(reference: str, uri: str) -> str:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.set_tracking_uri(uri)
     try:
-        folder = mlflow.artifacts.download_artifacts(reference, dst_path=tempfile.mkdtemp(prefix="model-"))
+        folder = mlflow.artifacts.download_artifacts(reference, dst_path=_folder_of_this_process("model-"))
     except (MlflowException, OSError) as error:
         raise UserError(f"{reference} at {uri}: {first_line(error)}") from error
     for place, _, names in os.walk(folder):
@@ -73,8 +75,15 @@ def download_model(reference: str, uri: str) -> str:
     raise UserError(f"{reference} at {uri}: holds no checkpoint of ours")
 
 
+def _folder_of_this_process(prefix: str) -> str:
+    """A temporary folder that goes when the process ends: a checkpoint is hundreds of megabytes."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def download_checkpoint(run_id: str, uri: str) -> str:
-    """Local folder with the best checkpoint of an MLflow run.
+    """Local folder with the best checkpoint of an MLflow run, for as long as this process runs.
 
     Raises:
         UserError: no such run, or it has no checkpoint.
@@ -83,7 +92,7 @@ def download_checkpoint(run_id: str, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient(uri)
-    folder = tempfile.mkdtemp(prefix="checkpoint-")
+    folder = _folder_of_this_process("checkpoint-")
     for artifact_path in (BEST_CHECKPOINT, LAST_CHECKPOINT):
         try:
             if client.list_artifacts(run_id, artifact_path):

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -345,7 +348,20 @@ def test_downloading_the_checkpoint_of_a_run_without_one_says_so(uri: str, tmp_p
     tracker.log_folder(str(tmp_path / "checkpoint"), "best_checkpoint")
     shutil.rmtree(tmp_path / "checkpoint")
     tracker.deliver(60)
-    assert (Path(download_checkpoint(run_id, uri)) / "checkpoint.json").read_text() == "{}"
+    (tmp_path / "scratch").mkdir()
+    program = (
+        "import os, sys; from pipeline.mlflow_models import download_checkpoint;"
+        "folder = download_checkpoint(*sys.argv[1:]); print(open(os.path.join(folder, 'checkpoint.json')).read())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, run_id, uri],
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "{}\n"
+    assert list((tmp_path / "scratch").iterdir()) == []  # nothing stays where the process kept it
     with pytest.raises(UserError, match="0" * 32):
         download_checkpoint("0" * 32, uri)
 
