@@ -198,6 +198,8 @@ class DetectionConfig(Config):
     """Detections with a side shorter than this, in input pixels, are dropped; 0 keeps all."""
     best_class_only: bool = False
     """A region can be detected as its best class alone, instead of as every class above the threshold."""
+    score: Literal["class", "class_times_mask"] = "class"
+    """Probability of the class, or times how sure the mask is (`model.postprocess.final_scores`)."""
     whole_pixels: bool = False
     """Round boxes to whole original pixels and resize masks to exactly them, as the original does."""
 

@@ -14,6 +14,7 @@ from model.boxes import clip_boxes, decode_boxes
 from model.canvas import image_windows
 from model.mask_rcnn import MaskRCNN
 from model.nms import kept_by_nms
+from model.postprocess import final_scores
 from model.roi_align import as_pooled
 
 INPUT_NAMES = ("images", "image_sizes")
@@ -64,6 +65,11 @@ class ExportableDetector(nn.Module):
         pooled = model.pool(pooled_from, boxes.flatten(0, 1), image_index, pool_size, self.canvas)
         masks = model.mask_head(pooled, classes.flatten()).sigmoid()
         masks = masks.reshape(batch_size, -1, *masks.shape[1:])
+        if model.config.detections.score != "class":
+            scores = final_scores(scores.flatten(), masks.flatten(0, 1), model.config.detections).reshape(scores.shape)
+            scores, order = scores.topk(scores.shape[1])  # sorted; ONNX has no stable sort
+            image = torch.arange(batch_size, device=images.device)[:, None]
+            boxes, classes, masks = boxes[image, order], classes[image, order], masks[image, order]
         is_object = scores > 0
         boxes = model.from_frame(boxes) - windows[:, None, :2].repeat(1, 1, 2)
         return (

@@ -19,7 +19,7 @@ from model.constants import constant
 from model.fpn import FeaturePyramid
 from model.mask_head import MaskHead
 from model.mask_targets import crop_mask_targets
-from model.postprocess import select_detections
+from model.postprocess import final_scores, select_detections
 from model.proposals import propose
 from model.roi_align import PooledFrom, as_pooled, pyramid_roi_align
 from model.rpn import RegionProposalNetwork
@@ -109,9 +109,10 @@ class MaskRCNN(nn.Module):
             )
             this_image = torch.full_like(classes, image)
             pooled = self.pool(pooled_from, boxes, this_image, self.config.mask_head.pool_size, canvas)
-            mask_logits = self.mask_head(pooled, classes)
-            boxes = self.to_input(boxes, windows[image])
-            found.append(Detections(boxes, scores, classes, mask_logits.sigmoid()))
+            masks = self.mask_head(pooled, classes).sigmoid()
+            scores = final_scores(scores, masks, self.config.detections)
+            detections = Detections(self.to_input(boxes, windows[image]), scores, classes, masks)
+            found.append(detections.where(scores.argsort(descending=True, stable=True)))
         return found, [self.to_input(regions[image_index == i], window) for i, window in enumerate(windows)]
 
     def features(self, images: Tensor, windows: Tensor) -> list[Tensor]:

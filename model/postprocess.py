@@ -51,6 +51,27 @@ def _candidates(probabilities: Tensor, config: DetectionConfig) -> tuple[Tensor,
     return row, column + 1, probabilities[row, column + 1]
 
 
+def final_scores(scores: Tensor, mask_probabilities: Tensor, config: DetectionConfig) -> Tensor:
+    """Scores that detections are reported and ranked with.
+
+    With `class_times_mask` the probability of the class is multiplied by the mean probability of the mask's cells
+    ("maskness", SOLO, arXiv 2106.15947): a mask that the model is in doubt about comes after a clear one. Thresholds
+    and NMS come before, and see the probability of the class alone.
+
+    Args:
+        scores: (N,) in 0..1; N may be 0.
+        mask_probabilities: (N, M, M) over the boxes. The cells of at least one half are the mask's; where there are
+            none, the largest counts.
+        config: which score is wanted.
+    """
+    if config.score == "class":
+        return scores
+    inside = mask_probabilities >= 0.5
+    number = inside.sum(dim=(1, 2))
+    mean = (mask_probabilities * inside).sum(dim=(1, 2)) / number.clamp(min=1)
+    return scores * torch.where(number > 0, mean, mask_probabilities.amax(dim=(1, 2)))
+
+
 def to_original(
     detections: Detections,
     image_size: tuple[int, int],

@@ -76,5 +76,5 @@ class Detections:
         return self.scores.shape[0]
 
     def where(self, wanted: Tensor) -> Detections:
-        """Those for which (N,) bool is true, in order."""
+        """Those for which (N,) bool is true, in order; or those of a (K,) int64 index."""
         return Detections(**{f.name: getattr(self, f.name)[wanted] for f in fields(self)})

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.canvas import image_windows
 from model.config import DetectionConfig, ModelConfig, RpnConfig
 from model.mask_rcnn import MaskRCNN
-from model.postprocess import select_detections
+from model.postprocess import final_scores, select_detections
 from model.roi_align import PooledFrom, as_pooled
 from model.structures import Detections
 
@@ -89,7 +89,9 @@ def detect_variants(
         rows_of_selection, union = _union(list(selected.values()))
         boxes, scores, classes = union[:, :4], union[:, 4], union[:, 5].long()
         masks = _mask_head(model, features, boxes, classes, canvas)
-        numbers = dict(zip(selected, (rows.cpu().numpy() for rows in rows_of_selection), strict=True))
+        scores = final_scores(scores, masks, model.config.detections)
+        ranked = (rows[scores[rows].argsort(descending=True, stable=True)] for rows in rows_of_selection)
+        numbers = dict(zip(selected, (rows.cpu().numpy() for rows in ranked), strict=True))
         found.append(
             SharedDetections(
                 Detections(model.to_input(boxes, windows[image]), scores, classes, masks),

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from model.config import BoxHeadConfig, DetectionConfig, ModelConfig
-from model.postprocess import select_detections, to_original
+from model.postprocess import final_scores, select_detections, to_original
 from model.structures import Detections
 
 WINDOW = torch.tensor([0, 0, 80, 60])
@@ -43,6 +43,15 @@ def test_nms_works_within_a_class() -> None:
     torch.testing.assert_close(boxes, proposals[[1, 0]])
     _, scores, _ = select(same, torch.zeros(2, 3, 4), proposals, nms_threshold=0.95)
     torch.testing.assert_close(scores, torch.tensor([0.6, 0.5, 0.4, 0.3]))
+
+
+def test_a_mask_in_doubt_takes_score_away_by_hand() -> None:
+    masks = torch.tensor([[[0.9, 0.7], [0.1, 0.0]], [[0.5, 0.4], [0.4, 0.4]], [[0.2, 0.4], [0.3, 0.0]]])
+    scores, config = torch.tensor([0.5, 0.9, 1.0]), DetectionConfig(score="class_times_mask")
+    # Cells of a half or more count: (0.9 + 0.7) / 2 and 0.5; the last mask has none, so its largest, 0.4.
+    torch.testing.assert_close(final_scores(scores, masks, config), torch.tensor([0.4, 0.45, 0.4]))
+    assert final_scores(scores, masks, DetectionConfig()) is scores
+    assert final_scores(torch.zeros(0), torch.zeros(0, 2, 2), config).shape == (0,)
 
 
 def random_head_output(num: int = 40) -> tuple[Tensor, Tensor, Tensor]:

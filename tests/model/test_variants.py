@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import ModelConfig
+from model.config import DetectionConfig, ModelConfig
 from model.mask_rcnn import MaskRCNN
 from model.variants import VARIABLE_KEYS, detect_variants, unique_rows
 from tests.model.factories import Scene, Thing, make_batch, noise_image, painted_scene, rectangle, tiny_config
@@ -44,6 +44,7 @@ def make_model(**changes: Any) -> MaskRCNN:
         model.box_head.class_logits.weight.mul_(60)
         model.box_head.box_deltas.weight.mul_(30)
         model.rpn.class_logits.weight.mul_(20)
+        model.mask_head.mask_logits.weight.mul_(2000)
     return model
 
 
@@ -57,7 +58,12 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return batch.images, batch.image_sizes
 
 
-@pytest.mark.parametrize("changes", [{}, {"boxes": "inclusive", "image_position": "centre"}])
+RANKED_BY_MASKS = DetectionConfig(max_per_image=10, score="class_times_mask")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"boxes": "inclusive", "image_position": "centre"}, {"detections": RANKED_BY_MASKS}]
+)
 def test_every_variant_equals_a_forward_pass_of_its_own(changes: dict[str, Any]) -> None:
     model = make_model(**changes)
     variants = [vary(model.config, change) for change in CHANGES]
@@ -69,6 +75,7 @@ def test_every_variant_equals_a_forward_pass_of_its_own(changes: dict[str, Any])
             rows = torch.from_numpy(shared[image].rows[index])
             found = shared[image].union.where(rows)
             assert found.classes.tolist() == expected.classes.tolist()
+            assert (expected.scores[:-1] >= expected.scores[1:]).all()
             for name in ("boxes", "scores", "mask_probabilities"):
                 torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5)
             numbers.add(len(expected))

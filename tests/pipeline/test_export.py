@@ -76,15 +76,21 @@ def write(model: MaskRCNN, folder: Path) -> None:
     write_checkpoint(str(folder), model, None, description)
 
 
-@pytest.mark.parametrize("preset", [None, "matterport", "torchvision_v1", "torchvision_v2"])
-def test_an_exportable_model_finds_what_the_model_finds(preset: str | None) -> None:
-    model = lively_model(preset)
+@pytest.mark.parametrize(
+    ("preset", "score"),
+    [(None, "class"), (None, "class_times_mask"), ("matterport", "class"), ("torchvision_v1", "class"),
+     ("torchvision_v2", "class")],
+)  # fmt: skip
+def test_an_exportable_model_finds_what_the_model_finds(preset: str | None, score: str) -> None:
+    model = lively_model(preset, score=score)
     images, sizes = _pictures(CANVAS, 3)
     expected = model.detect(images, sizes)
     assert sum(map(len, expected)) > 5
     program = export_program(model, CANVAS, 3)
-    boxes, _ = compare_detections(expected, program.module()(images, sizes), "program")
+    outputs = program.module()(images, sizes)
+    boxes, _ = compare_detections(expected, outputs, "program")
     assert boxes <= 1e-2
+    assert (outputs[1][:, :-1] >= outputs[1][:, 1:]).all(), "best score first"
 
 
 def test_an_image_without_objects_has_empty_slots_alone() -> None:
@@ -100,8 +106,9 @@ def test_an_image_without_objects_has_empty_slots_alone() -> None:
     compare_detections(model.detect(images, sizes), (boxes, scores, classes, masks), "program")
 
 
-def test_a_job_writes_both_forms_and_says_how_close_they_are(tmp_path: Path) -> None:
-    write(lively_model(), tmp_path / "checkpoint")
+@pytest.mark.parametrize("score", ["class", "class_times_mask"])
+def test_a_job_writes_both_forms_and_says_how_close_they_are(tmp_path: Path, score: str) -> None:
+    write(lively_model(score=score), tmp_path / "checkpoint")
     told: list[str] = []
     summary = export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "out"), 2, told.append)
     names = {"description.json", "model-96x128.onnx", "model-96x128.pt2"}
