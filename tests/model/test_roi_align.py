@@ -8,7 +8,7 @@ from torchvision.ops import roi_align
 
 from model.config import RoiConfig
 from model.roi_align import pyramid_levels, pyramid_roi_align
-from model.weighted_cells import has_sparse_product
+from model.weighted_cells import compressed, has_sparse_product, united_weights
 
 STRIDES = (4, 8, 16, 32)
 CANVAS = (128, 128)
@@ -153,6 +153,27 @@ def test_every_level_is_part_of_the_graph(boxes: Tensor) -> None:
     for level in pyramid[1:]:
         assert level.grad is not None
         assert not level.grad.any()
+
+
+def test_regions_that_read_nothing_are_zero() -> None:
+    pyramid = [level.requires_grad_() for level in random_pyramid()]
+    boxes = torch.tensor([[500.0, 500, 540, 540], [-90, -80, -50, -40]])
+    pooled = pyramid_roi_align(pyramid, boxes, torch.zeros(2, dtype=torch.int64), 7, sized(64.0), CANVAS)
+    assert not pooled.any()
+    torch.autograd.backward(pooled.sum())
+    assert all(level.grad is not None and not level.grad.any() for level in pyramid)
+
+
+def test_a_cell_read_twice_stands_once_with_both_weights_by_hand() -> None:
+    cells = torch.tensor([[3, 4, 3, 4], [3, 4, 4, 5], [3, 4, 5, 6], [9, 9, 9, 9]])
+    weights = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.5, 0.1, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    united = united_weights(cells, weights)
+    expected = [[0.7, 0.3, 0, 0], [0.5, 0.3, 0, 0.2], [0.1, 0.2, 0.3, 0.4], [1.0, 0, 0, 0]]
+    torch.testing.assert_close(united, torch.tensor(expected))
+    first, columns, kept = compressed(cells, united)
+    assert first.tolist() == [0, 2, 5, 9, 10]
+    assert columns.tolist() == [3, 4, 3, 4, 5, 3, 4, 5, 6, 9]
+    torch.testing.assert_close(kept, torch.tensor([0.7, 0.3, 0.5, 0.3, 0.2, 0.1, 0.2, 0.3, 0.4, 1.0]))
 
 
 def test_half_precision_features_come_out_in_float32() -> None:

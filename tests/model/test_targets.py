@@ -52,6 +52,12 @@ def assert_same_regions(a: RegionTargets, b: RegionTargets) -> None:
     assert a.num_positive_slots == b.num_positive_slots
 
 
+@pytest.fixture(params=["image by image", "in the fixed slots of a GPU"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.targets._sizes_may_vary", lambda _: request.param == "image by image")
+
+
+@pytest.mark.usefixtures("form")
 class TestMatchAnchors:
     def test_by_hand(self) -> None:
         anchors = torch.tensor(
