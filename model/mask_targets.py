@@ -45,8 +45,8 @@ def crop_mask_targets(
     """
     if batch.mask_bits.numel() == 0 or regions.shape[0] == 0:  # no image has an object: there is nothing to index
         return regions.new_zeros(regions.shape[0], size, size, dtype=torch.float32)
-    mask = _Bits(
-        batch.mask_bits,
+    mask = _Pixels(
+        _unpacked(batch.mask_bits),
         batch.mask_offsets[image_index, gt_index] * 8,
         *batch.mask_sizes[image_index, gt_index].unbind(dim=1),
     )
@@ -73,7 +73,7 @@ def crop_mask_targets(
             [_position(window[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
         )
         sizes = size_xy.flip(1)
-        return covered_shares(batch.mask_bits, mask.first_bit, sizes, of_region.flatten(1), of_window.flatten(1), size)
+        return covered_shares(batch.mask_bits, mask.first, sizes, of_region.flatten(1), of_window.flatten(1), size)
     if kind == "soft":
         return torch.stack(
             [_covered_share(mask, row, mask_box[row], window[row], regions[row], size) for row in range(len(regions))]
@@ -88,14 +88,19 @@ def crop_mask_targets(
     return (cells >= 0.5).float()
 
 
+def _unpacked(mask_bits: Tensor) -> Tensor:
+    """(bytes,) uint8 to (8 * bytes,) of 0 and 1: to look a pixel up is then one step, and every pixel is read often."""
+    return ((mask_bits[:, None] >> torch.arange(7, -1, -1, device=mask_bits.device, dtype=torch.uint8)) & 1).flatten()
+
+
 @dataclass(frozen=True)
-class _Bits:
+class _Pixels:
     """The masks of P objects inside their boxes."""
 
     content: Tensor
-    """(bytes,) uint8."""
-    first_bit: Tensor
-    """(P,) int64."""
+    """(pixels of all objects,) uint8, 0 or 1."""
+    first: Tensor
+    """(P,) int64, of each object."""
     height: Tensor
     """(P,) int64 rows."""
     width: Tensor
@@ -106,25 +111,41 @@ class _Bits:
         y0, x0 = torch.floor(y), torch.floor(x)
         weight_y, weight_x = (y - y0)[:, :, None], (x - x0)[:, None, :]
         y0, x0 = y0.long(), x0.long()
-        top = self._at(y0, x0) * (1 - weight_x) + self._at(y0, x0 + 1) * weight_x
-        bottom = self._at(y0 + 1, x0) * (1 - weight_x) + self._at(y0 + 1, x0 + 1) * weight_x
-        return top * (1 - weight_y) + bottom * weight_y
+        left, right = (1 - weight_x) * self._has_column(x0), weight_x * self._has_column(x0 + 1)
+        above, below = (1 - weight_y) * self._has_row(y0), weight_y * self._has_row(y0 + 1)
+        top = self._nearest(y0, x0) * left + self._nearest(y0, x0 + 1) * right
+        bottom = self._nearest(y0 + 1, x0) * left + self._nearest(y0 + 1, x0 + 1) * right
+        return top * above + bottom * below
 
     def crop(self, row: int, top: int, left: int, height: int, width: int) -> Tensor:
         """(height, width) float32 pixels of one mask from a row and column of its grid on; outside is 0."""
         device = self.content.device
         one = slice(row, row + 1)
-        of_row = _Bits(self.content, self.first_bit[one], self.height[one], self.width[one])
-        y, x = torch.arange(top, top + height, device=device), torch.arange(left, left + width, device=device)
-        return of_row._at(y[None], x[None])[0]
+        of_row = _Pixels(self.content, self.first[one], self.height[one], self.width[one])
+        y, x = (
+            torch.arange(top, top + height, device=device)[None],
+            torch.arange(left, left + width, device=device)[None],
+        )
+        return (of_row._nearest(y, x) * of_row._has_row(y) * of_row._has_column(x))[0]
 
-    def _at(self, y: Tensor, x: Tensor) -> Tensor:
-        height, width = self.height[:, None], self.width[:, None]
-        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-        index = self.first_bit[:, None, None] + y[:, :, None] * width[..., None] + x[:, None, :]
-        index = torch.where(inside, index, 0)
-        byte = self.content[index >> 3] >> (7 - (index & 7)).to(torch.uint8)
-        return torch.where(inside, (byte & 1).float(), 0.0)
+    def _has_row(self, y: Tensor) -> Tensor:
+        """(P, R) rows to (P, R, 1), 1 for those of the mask and 0 outside."""
+        return ((y >= 0) & (y < self.height[:, None])).float()[:, :, None]
+
+    def _has_column(self, x: Tensor) -> Tensor:
+        """(P, S) columns to (P, 1, S), likewise."""
+        return ((x >= 0) & (x < self.width[:, None])).float()[:, None, :]
+
+    def _nearest(self, y: Tensor, x: Tensor) -> Tensor:
+        """Pixels (P, R, S) at rows y (P, R) and columns x (P, S); outside of the mask those of its border.
+
+        Of a mask without pixels any pixel: it has no row either.
+        """
+        row = torch.minimum(y, self.height[:, None] - 1).clamp(min=0)
+        column = torch.minimum(x, self.width[:, None] - 1).clamp(min=0)
+        first_of_row = self.first.clamp(max=len(self.content) - 1)[:, None] + row * self.width[:, None]
+        index = first_of_row[:, :, None] + column[:, None, :]
+        return self.content.index_select(0, index.flatten()).reshape(index.shape)
 
 
 def _position(region: Tensor, mask_box: Tensor, cells: Tensor, steps: Tensor | None = None) -> Tensor:
@@ -146,7 +167,7 @@ def _clamp_to(position: Tensor, ends: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(position, ends[:, :1]), ends[:, 1:] - 1)
 
 
-def _covered_share(mask: _Bits, row: int, mask_box: Tensor, window: Tensor, region: Tensor, size: int) -> Tensor:
+def _covered_share(mask: _Pixels, row: int, mask_box: Tensor, window: Tensor, region: Tensor, size: int) -> Tensor:
     """(M, M) share of each cell of one region that the object covers: torchvision's operator on the part it reads."""
     axes = []
     for axis, cells in ((0, mask.width[row]), (1, mask.height[row])):
