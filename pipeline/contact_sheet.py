@@ -68,9 +68,12 @@ def make_tiles(
     return tiles
 
 
+_HARMLESS = ("crowd", "image_without_annotations", "duplicate_file_name", "duplicate_image")
+
+
 def _rank(problem: Problem) -> tuple[int, int]:
     """Order of what to show first: by what was done, and images without objects or with crowds last."""
-    return _RANK[problem.policy], problem.kind in ("crowd", "image_without_annotations", "duplicate_file_name")
+    return _RANK[problem.policy], problem.kind in _HARMLESS
 
 
 def _picture(record: ImageRecord | None, problems: Sequence[Problem], class_names: Sequence[str]) -> str:

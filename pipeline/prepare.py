@@ -139,20 +139,27 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
     Raises:
         UserError: images that cannot be used, or a shard that is damaged; no half-made data set is left behind.
     """
-    findings = []
-    for split in (checked.training, checked.validation):
+    findings = {}
+    # What is validated on comes first: the same images are looked for in what is trained on.
+    for split in (checked.validation, checked.training):
         if split.is_there:
             say(f"data: {split.name} shards are there: {read_manifest(split.folder).num_rows} images in {split.folder}")
             if config.data.verify_shards and on_cluster:
                 verify_shards(split.folder, _progress_lines(f"comparing {split.name} shards", "shards", say))
         else:
-            manifest = _write_split(config, checked, split, say, on_cluster)
+            try:
+                manifest = _write_split(config, checked, split, say, on_cluster)
+            except Exception:
+                if split is checked.training and not checked.validation.is_there:
+                    storage.delete_folder(checked.validation.folder)  # half a data set is none
+                raise
             say(f"data: wrote {split.name} shards: {manifest.num_rows} images to {split.folder}")
         if storage.exists(storage.join(split.folder, preflight.FINDINGS)):  # shards may be brought without them
-            findings.append(read_findings(split.folder))
+            findings[split.name] = read_findings(split.folder)
     written = not (checked.training.is_there and checked.validation.is_there)
     if len(findings) == 2 and (written or not has_report(checked.folder, config.model.anchors)):
-        report = write_report(checked.folder, findings, config.model.anchors)
+        both = [findings["training"], findings["validation"]]
+        report = write_report(checked.folder, both, config.model.anchors)
         say(f"data: anchors: {anchors_in_words(report['anchors'])}")
         say(f"data: what is in them stands in {storage.join(checked.folder, preflight.PAGE)}")
     return PreparedData(checked.training.folder, checked.validation.folder)
@@ -207,6 +214,7 @@ def _write_split(
             (counts[0], counts[1]),
             lambda done: show(done, len(split.records)),
             on_cluster,
+            frozenset(read_manifest(checked.validation.folder).files) if split is checked.training else (),
         )
     except Exception as error:
         if not existed:
@@ -214,7 +222,12 @@ def _write_split(
         if isinstance(error, PolicyError):
             stop_at_errors(config, checked, say, {split.name: error.problems})
         raise
-    problems = split.problems + written.problems
+    known = {(problem.kind, problem.source, problem.image_id) for problem in split.problems}
+    problems = split.problems + [
+        problem
+        for problem in written.problems
+        if problem.kind != "image_in_both_splits" or (problem.kind, problem.source, problem.image_id) not in known
+    ]
     quarantined = split.quarantined + written.quarantined
     objects = boxes_on_canvas(written.records, written.objects, config.data.canvases, config.data.short_side)
     found = findings_of(checked, split, written.records, problems, quarantined, None, objects)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.coco import ImageRecord
+from pipeline.config import PolicySettings
 from pipeline.problems import Problem, Quarantined, quarantined, raise_errors
 from pipeline.row_encoding import ImageLeftOut, RowSettings, encode_row
 from pipeline.shards import (
@@ -34,6 +35,7 @@ from pipeline.shards import (
 )
 
 _KEY, _PROBLEMS = b"content_key", b"problems"
+_DIGEST_BYTES = 8  # of an image file in the manifest: two of a million images share one once in 40 million data sets
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def write_shards(
     quarantined_before: tuple[int, int] = (0, 0),
     on_progress: Callable[[int], None] = lambda _: None,
     on_cluster: bool = True,
+    validated: Container[str] = (),
 ) -> Written:
     """Write records as shards, then the manifest; shards of the same records and images are left as they are.
 
@@ -85,6 +88,7 @@ def write_shards(
         quarantined_before: images and annotations of the same files that are left out already.
         on_progress: called with the number of images done.
         on_cluster: in Ray Data tasks; else in this process, one shard after the other, to the same bytes.
+        validated: digests of the images that are validated on (`Manifest.files`), where these are trained on.
 
     Raises:
         UserError: a problem with the policy `error`; nothing but complete shards is left, and no manifest.
@@ -96,7 +100,13 @@ def write_shards(
         tasks = _run_tasks(folder, wanted, contents, on_progress, on_cluster)
         results = sorted(tasks, key=lambda result: result.first_row)
         unusable = [problem for result in results for problem in result.left_out]
-        problems = left_out + unusable + [problem for result in results for problem in result.problems]
+        files = [digest for result in results for digest in result.files]
+        found = [problem for result in results for problem in result.problems]
+        if not unusable:
+            repeated = _repeated_images(wanted, files, validated, contents.settings.policies)
+            unusable = [problem for problem in repeated if problem.policy == "drop"]
+            found += [problem for problem in repeated if problem.policy != "drop"]
+        problems = left_out + unusable + found
         _raise_first(sorted(problems, key=lambda problem: problem.reason), contents)
         if not unusable:
             break
@@ -119,6 +129,7 @@ def write_shards(
         "short_side": contents.settings.short_side,
         "image_format": contents.settings.image_format,
         "shards": [result.shard for result in results],
+        "files": files,
         "num_quarantined": counts,
     }
     storage.write_bytes(storage.join(folder, MANIFEST), json.dumps(content, indent=1).encode())
@@ -129,6 +140,35 @@ def write_shards(
     if manifest.num_rows + len(left_out) != len(records) or len(objects) + gone_annotations != num_annotations:
         raise RuntimeError(f"{folder}: images or annotations were lost; this is a defect of the program")
     return Written(manifest, problems, quarantine, _as_kept(wanted, quarantine, objects), objects)
+
+
+def _repeated_images(
+    records: Sequence[ImageRecord], files: Sequence[str], validated: Container[str], policies: PolicySettings
+) -> list[Problem]:
+    """Images with the bytes of one that is validated on, or of another one under another name.
+
+    Args:
+        records: in row order.
+        files: digest of each image file.
+        validated: see `write_shards`.
+        policies: what is done about them.
+    """
+    problems = []
+    first_of: dict[str, str] = {}
+    for record, digest in zip(records, files, strict=True):
+        first = first_of.setdefault(digest, record.path)
+        if digest in validated:
+            kind, policy = "image_in_both_splits", policies.image_in_both_splits
+            reason = f"{record.path}: has the bytes of an image that is validated on"
+        elif first != record.path:
+            kind, policy = "duplicate_image", policies.duplicate_image
+            reason = f"{record.path}: has the bytes of {first}"
+        else:
+            continue
+        problems.append(
+            Problem(kind, policy, "image", record.source, reason, record.image_id, file_name=record.file_name)
+        )
+    return problems
 
 
 def _as_kept(
@@ -188,6 +228,8 @@ class _Result:
     """Entry of the manifest; empty where an image was unusable, and nothing was written."""
     left_out: list[Problem]
     problems: list[Problem]
+    files: list[str]
+    """Digest of the image file of each row."""
     objects: npt.NDArray[np.float64]
 
 
@@ -224,6 +266,7 @@ def _run_tasks(
             result["shard"],
             [Problem(**problem) for problem in result["left_out"]],
             [Problem(**problem) for problem in result["problems"]],
+            result["files"],
             np.frombuffer(row["objects"], dtype=np.float64).reshape(-1, 7),
         )
 
@@ -274,6 +317,7 @@ def _write_shard(table: Any, folder: str, contents: Contents) -> Any:
         "shard": {} if left_out else _manifest_entry(rows[0], encoded, content),
         "left_out": [asdict(problem) for problem in left_out],
         "problems": problems,
+        "files": [values["file_sha256"][:_DIGEST_BYTES].hex() for values in encoded],
     }
     objects = np.concatenate([np.zeros((0, 7)), *(_objects(values) for values in encoded)])
     return pa.table({"result": [json.dumps(result)], "objects": [objects.tobytes()]})

@@ -88,6 +88,8 @@ class Manifest:
     """Digest of names, sizes and times of the image files."""
     digest: str
     """SHA-256 over all of the above but paths and keys: the same data elsewhere have the same digest."""
+    files: tuple[str, ...] = ()
+    """Beginning of the SHA-256 of every row's image file, in hexadecimal; empty in shards of earlier versions."""
 
     @property
     def num_rows(self) -> int:
@@ -152,6 +154,7 @@ def read_manifest(folder: str) -> Manifest:
             content_key=content["content_key"],
             files_key=content["files_key"],
             digest=_digest(content),
+            files=tuple(content.get("files", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__} {error}); {_again(path)}") from error
@@ -159,7 +162,9 @@ def read_manifest(folder: str) -> Manifest:
 
 def _digest(content: dict[str, Any]) -> str:
     """SHA-256 over a manifest without what only says where the data lie."""
-    data = {name: value for name, value in content.items() if name not in ("content_key", "files_key", "sources")}
+    data = {
+        name: value for name, value in content.items() if name not in ("content_key", "files_key", "sources", "files")
+    }
     data["sources"] = [{**source, "annotations": None} for source in content["sources"]]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

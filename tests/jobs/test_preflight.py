@@ -69,6 +69,13 @@ def into_validation(content: Content, root: Path) -> None:
     (root / "validation.json").write_text(json.dumps(validation))
 
 
+def under_another_name(content: Content, root: Path) -> None:
+    """The first image once more, behind the others; its copy is then the one told."""
+    first = content["images"][0]
+    (root / "images" / "copy.png").write_bytes((root / "images" / first["file_name"]).read_bytes())
+    content["images"].append({**first, "id": 4711, "file_name": "copy.png"})
+
+
 def shifted_polygon(content: Content, root: Path) -> None:
     """Outside of the image, so that it covers no pixel; the box stays."""
     content["annotations"][0]["segmentation"] = [[-30, -30, -20, -30, -20, -20]]
@@ -92,6 +99,7 @@ DEFECTS: dict[str, tuple[Spoil, str]] = {
     "duplicate_image_id": (twice("images"), "image"),
     "duplicate_annotation_id": (twice("annotations"), "annotation"),
     "duplicate_file_name": (twice("images", id=999), "image"),
+    "duplicate_image": (under_another_name, "image"),
     "image_in_both_splits": (into_validation, "image"),
     "duplicate_category_name": (twice("categories", id=77), "category"),
     "unknown_image": (annotation(image_id=4711), "annotation"),

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import CocoSource, SyntheticSettings
+from pipeline.config import CocoSource, PolicySettings, SyntheticSettings
 from pipeline.errors import UserError
 from pipeline.prepare import check, prepare
 from pipeline.sample import Sample, sample_from_row
@@ -41,10 +41,10 @@ def test_all_rows_of_all_sources_are_there(prepared: Prepared) -> None:
     assert validation.manifest.class_names == training.manifest.class_names == ("cat", "dog", "bird")
     assert validation.manifest.sources[0].category_ids == (9, 4, 5)
     assert prepared.said[:4] == [
-        "data: training problems: 5 crowd (kept), 3 image_without_annotations (kept)",
-        f"data: wrote training shards: 21 images to {prepared.data.training}",
         "data: validation problems: 3 crowd (kept), 1 image_without_annotations (kept)",
         f"data: wrote validation shards: 7 images to {prepared.data.validation}",
+        "data: training problems: 5 crowd (kept), 3 image_without_annotations (kept)",
+        f"data: wrote training shards: 21 images to {prepared.data.training}",
     ]
     assert prepared.said[4].startswith("data: anchors: model.anchors.scales [")
     assert prepared.said[5:] == [
@@ -59,8 +59,8 @@ def test_second_time_nothing_is_written(prepared: Prepared) -> None:
     said: list[str] = []
     assert prepare(prepared.config, said.append) == prepared.data
     assert said == [
-        f"data: training shards are there: 21 images in {prepared.data.training}",
         f"data: validation shards are there: 7 images in {prepared.data.validation}",
+        f"data: training shards are there: 21 images in {prepared.data.training}",
     ]
     assert {path: path.stat().st_mtime_ns for path in Path(prepared.config.run.storage_path).rglob("*")} == before
 
@@ -98,7 +98,7 @@ def test_only_the_split_that_changed_is_written_again(local_ray: None, tmp_path:
     said: list[str] = []
     prepare(config, said.append)
     told = [line.split(":")[1] for line in said if " wrote " in line or " are there" in line]
-    assert told == [" wrote training shards", " validation shards are there"]
+    assert told == [" validation shards are there", " wrote training shards"]
 
 
 def test_validation_follows_the_classes_of_the_training_data(local_ray: None, tmp_path: Path) -> None:
@@ -328,14 +328,41 @@ def test_annotations_are_checked_without_ray_and_without_writing(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_validation_images_leave_the_training_shards_whole(local_ray: None, tmp_path: Path) -> None:
+def test_bad_validation_images_stop_the_job_before_the_training_images_are_read(
+    local_ray: None, tmp_path: Path
+) -> None:
     two_sources(tmp_path / "data")
     (tmp_path / "data" / "images" / "val_002.png").write_bytes(b"no image")
-    config = experiment(tmp_path / "data", tmp_path / "runs", shards=str(tmp_path / "shards"))
+    said: list[str] = []
     with pytest.raises(UserError, match="val_002"):
+        prepare(experiment(tmp_path / "data", tmp_path / "runs"), said.append)
+    assert only_a_report(tmp_path / "runs")
+    assert not any("training" in line for line in said)
+
+
+@pytest.mark.parametrize("already_there", [False, True])
+def test_images_that_are_validated_on_under_another_name_are_told(
+    already_there: bool, local_ray: None, tmp_path: Path
+) -> None:
+    contents = two_sources(tmp_path / "data")
+    images = tmp_path / "data" / "images"
+    validated, trained = (contents[name]["images"][0] for name in ("validation.json", "birds.json"))
+    config = experiment(tmp_path / "data", tmp_path / "runs", shards=str(tmp_path / "shards"))
+    if already_there:
         prepare(config, lambda line: None)
-    assert [path.name for path in (tmp_path / "shards").iterdir() if path.is_dir()] == ["training"]
-    assert len(ShardSet(str(tmp_path / "shards" / "training"))) == 21
+    (images / trained["file_name"]).write_bytes((images / validated["file_name"]).read_bytes())
+    size = {"height": validated["height"], "width": validated["width"]}
+    edit(tmp_path / "data" / "birds.json", lambda content: content["images"][0].update(size))
+    said: list[str] = []
+    data = prepare(config, said.append)
+    assert ("data: validation shards are there" in said[0]) is already_there
+    assert any("1 image_in_both_splits (kept)" in line for line in said)
+    assert not any("duplicate_image" in line for line in said)
+    settings = config.data.model_copy(update={"policies": PolicySettings(image_in_both_splits="drop")})
+    data = prepare(config.model_copy(update={"data": settings}), said.append)
+    names = {row["file_name"] for row in ShardSet(data.training).read_rows(range(20))}
+    assert len(names) == len(ShardSet(data.training)) == 20
+    assert trained["file_name"] not in names
 
 
 def test_image_of_another_size_is_named_with_a_hint(local_ray: None, tmp_path: Path) -> None:
