@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     if options.smoke:
         config = smoke.smoke_config(config)
         smoke.forget_last_smoke(config)
-    summary = launch.finished_summary(config, say)
+    summary = launch.finished_summary(config, say, with_data=True)
     if summary is None:
         launch.check_storage(config)
         checked = prepare.check(config, say)  # before Ray is started: most mistakes show here

@@ -54,8 +54,14 @@ class TrialOfSweep:
     """MLflow run of the sweep."""
 
 
-def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | None:
+def finished_summary(config: ExperimentConfig, say: Say, with_data: bool = False) -> dict[str, Any] | None:
     """Summary of a run that has nothing left to do, None for every other.
+
+    Args:
+        config: whole.
+        say: takes lines for a person to read.
+        with_data: look at the annotation files; a finished run whose files are not what they were gives None, too, so
+            that its data are looked at like those of every other.
 
     Raises:
         UserError: the run was begun with another configuration.
@@ -66,6 +72,8 @@ def finished_summary(config: ExperimentConfig, say: Say) -> dict[str, Any] | Non
     if state is not None:
         run_state.check_unchanged(state, config, folder)
     if state is None or result is None or result.length != _length(config):
+        return None
+    if with_data and state.annotation_files not in (None, run_state.annotation_digests(config)):
         return None
     deliver_the_rest(config, folder, say)
     say(f"run {config.run.name} in {folder} is finished ({result.summary['steps']} steps); nothing to do")
@@ -115,7 +123,7 @@ def train(
     state = run_state.read_run(folder)
     if state is not None:
         run_state.check_unchanged(state, config, folder)
-        run_state.check_same_data(state, shards.manifest.digest, validation.manifest.digest, folder)
+        run_state.check_same_data(state, config, shards.manifest.digest, validation.manifest.digest, folder)
     _explain(config, shards, validation, placement, folder, state, say)
     if weights is not None:
         weights.write()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,6 +47,8 @@ class RunState:
     """Of the training shards."""
     validation_digest: str
     mlflow_run_id: str | None
+    annotation_files: dict[str, str] | None = None
+    """SHA-256 of the annotation files it was begun with, by key (`sources.0`); None in runs of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,39 @@ def check_unchanged(state: RunState, config: ExperimentConfig, folder: str) -> N
         )
 
 
-def check_same_data(state: RunState, training_digest: str, validation_digest: str, folder: str) -> None:
+def annotation_digests(config: ExperimentConfig) -> dict[str, str]:
+    """SHA-256 of the annotation files that are there, by key (`sources.0`); none of a data set that is made anew."""
+    if config.data.synthetic is not None:
+        return {}
+    root, digests = storage.absolute(config.data.root), {}
+    for key, source in config.data.sources_to_read().items():
+        path = storage.absolute(source.annotations, root)
+        if storage.exists(path):
+            digests[key] = hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    return digests
+
+
+def check_same_data(
+    state: RunState, config: ExperimentConfig, training_digest: str, validation_digest: str, folder: str
+) -> None:
     """Refuse to go on with other data than the run was begun with.
 
     Raises:
         UserError: which of them differs.
     """
+    before_files, now_files = state.annotation_files or {}, annotation_digests(config)
+    changed = [
+        storage.absolute(source.annotations, storage.absolute(config.data.root))
+        for key, source in config.data.sources_to_read().items()
+        if key in before_files and now_files.get(key) != before_files[key]
+    ]
+    which = f" ({', '.join(changed)} is not what it was)" if changed else ""
     for name, before, after in (
         ("training", state.training_digest, training_digest),
         ("validation", state.validation_digest, validation_digest),
     ):
         if before != after:
-            raise UserError(f"{folder}: was begun on other {name} data; begin a new run with --run.name")
+            raise UserError(f"{folder}: was begun on other {name} data{which}; begin a new run with --run.name")
 
 
 def _read_json(path: str) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ def begin_run(
         return
     resolved = config.model_dump(mode="json")
     digests = shards.manifest.digest, validation.manifest.digest
-    run_state.write_run(folder, run_state.RunState(resolved, *digests, None))
+    run_state.write_run(folder, run_state.RunState(resolved, *digests, None, run_state.annotation_digests(config)))
     tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
     class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
     tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")

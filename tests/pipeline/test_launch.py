@@ -10,7 +10,14 @@ from pipeline.checkpoint import Description, TrainingState, write_state
 from pipeline.checkpoint_store import CheckpointStore
 from pipeline.config import ScalingSettings
 from pipeline.errors import Terminated
-from pipeline.launch import _length, _starts_while_waiting, _where_it_begins, _worker_range, ending_on_sigterm
+from pipeline.launch import (
+    _length,
+    _starts_while_waiting,
+    _where_it_begins,
+    _worker_range,
+    ending_on_sigterm,
+    finished_summary,
+)
 from tests.pipeline.small import small_config
 
 
@@ -49,6 +56,28 @@ def test_a_lost_node_is_waited_for_as_long_as_configured(monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     assert _starts_while_waiting(ScalingSettings(wait_for_nodes_minutes=30)) == 120
     assert _starts_while_waiting(ScalingSettings(wait_for_nodes_minutes=0.1)) == 1
+
+
+def test_a_finished_run_is_finished_for_the_data_that_it_was_trained_on(tmp_path: Path) -> None:
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text("{}")
+    data = {"root": str(tmp_path), "sources": [{"annotations": "annotations.json"}], "validation_fraction": 0.1}
+    config = small_config(data=data, run={"name": "mine", "storage_path": str(tmp_path / "runs")})
+    folder = run_state.run_folder(config)
+    said: list[str] = []
+    assert finished_summary(config, said.append, with_data=True) is None
+    settings, digests = config.model_dump(mode="json"), run_state.annotation_digests(config)
+    run_state.write_run(folder, run_state.RunState(settings, "a", "b", None, digests))
+    assert finished_summary(config, said.append, with_data=True) is None
+    run_state.write_result(folder, run_state.RunResult(_length(config), {"steps": 20}))
+    assert finished_summary(config, said.append, with_data=True) == {"steps": 20}
+    annotations.write_text('{"images": []}')
+    assert finished_summary(config, said.append, with_data=True) is None, "the job looks at the data and refuses them"
+    assert finished_summary(config, said.append) == {"steps": 20}, "a trial of a sweep has its shards"
+    annotations.unlink()
+    assert finished_summary(config, said.append, with_data=True) is None
+    run_state.write_run(folder, run_state.RunState(settings, "a", "b", None))  # of a version that did not write it down
+    assert finished_summary(config, said.append, with_data=True) == {"steps": 20}
 
 
 def test_where_a_run_begins_is_told(tmp_path: Path) -> None:

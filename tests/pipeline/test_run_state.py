@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from pipeline.run_state import (
     RUN_FILE,
     RunResult,
     RunState,
+    annotation_digests,
     check_same_data,
     check_unchanged,
     read_result,
@@ -140,9 +143,29 @@ def test_run_of_an_older_version_is_compared() -> None:
 
 
 def test_other_data_are_refused() -> None:
-    state = state_of(config_with())
-    check_same_data(state, "training digest", "validation digest", "/runs/mine")
+    config = config_with()
+    state = state_of(config)
+    check_same_data(state, config, "training digest", "validation digest", "/runs/mine")
     with pytest.raises(UserError, match=r"^/runs/mine: was begun on other training data; begin a new run with --run"):
-        check_same_data(state, "other", "validation digest", "/runs/mine")
+        check_same_data(state, config, "other", "validation digest", "/runs/mine")
     with pytest.raises(UserError, match="was begun on other validation data"):
-        check_same_data(state, "training digest", "other", "/runs/mine")
+        check_same_data(state, config, "training digest", "other", "/runs/mine")
+
+
+def test_the_annotation_file_that_has_changed_is_named(tmp_path: Path) -> None:
+    sources = {"sources": [{"annotations": "a.json"}, {"annotations": "b.json"}], "validation_fraction": 0.1}
+    config = config_with(data={"root": str(tmp_path), **sources})
+    assert annotation_digests(config) == {}
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(name)
+    begun = dataclasses.replace(state_of(config), annotation_files=annotation_digests(config))
+    assert begun.annotation_files is not None
+    assert begun.annotation_files == {
+        "sources.0": hashlib.sha256(b"a.json").hexdigest(),
+        "sources.1": hashlib.sha256(b"b.json").hexdigest(),
+    }
+    (tmp_path / "b.json").write_text("mended")
+    with pytest.raises(UserError, match=rf"other training data \({tmp_path}/b.json is not what it was\); begin"):
+        check_same_data(begun, config, "other", "validation digest", "/runs/mine")
+    synthetic = config_with(data={"root": str(tmp_path), "synthetic": {}})
+    assert annotation_digests(synthetic) == {}, "they are made from the configuration"
