@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 
 from pipeline import storage
 from pipeline.checkpoint import DESCRIPTION_FILE, read_description
 from pipeline.errors import UserError
+
+MAX_RUNS_TOLD = 5
 
 
 def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None = None) -> str:
@@ -43,8 +46,19 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
         return download_registered(reference, _store(reference, storage_path, mlflow_uri))
     raise UserError(
         f"{reference}: neither a checkpoint folder, nor a run (folder, or name in {storage_path}) with a checkpoint, "
-        "nor the id of an MLflow run, nor models:/NAME@ALIAS"
+        f"nor the id of an MLflow run, nor models:/NAME@ALIAS{_runs_in(storage_path, reference)}"
     )
+
+
+def _runs_in(storage_path: str, reference: str) -> str:
+    """The runs with checkpoints that there are, those first whose name is like the one asked for."""
+    if not os.path.isdir(storage_path):
+        return ""
+    folders = (name for name in sorted(os.listdir(storage_path)) if name != "shards")
+    runs = [name for name in folders if best_checkpoint_of_run(os.path.join(storage_path, name)) is not None]
+    runs.sort(key=lambda name: -difflib.SequenceMatcher(None, name, os.path.basename(reference)).ratio())
+    more = f" and {len(runs) - MAX_RUNS_TOLD} more" if len(runs) > MAX_RUNS_TOLD else ""
+    return f"; runs there: {', '.join(runs[:MAX_RUNS_TOLD])}{more}" if runs else ""
 
 
 def _store(reference: str, storage_path: str, mlflow_uri: str | None) -> str:

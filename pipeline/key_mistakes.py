@@ -82,6 +82,13 @@ def explain(message: str, config_type: type[BaseModel] = ExperimentConfig) -> st
         choices = _choices_of(key, config_type)
         if choices and value:
             return f"{key}: {one_line(value[1])} is none of {', '.join(choices)}"
+        steps = {found[1] for text in inputs if (found := re.search(r"should be a multiple of (\d+)$", text))}
+        if len(steps) == 1 and value and all("a multiple of" in text for text in inputs):
+            return f"{key}: {_nearest_multiples(value[1], int(steps.pop()))}, got {one_line(value[1])}"
+        length = re.match(r"Expected a tuple with (\d+) elements", rest)
+        default = getattr(_field_of(key, config_type), "default", None)
+        if length and isinstance(default, tuple) and value:
+            return f"{key}: should be a list of {length[1]}, as in {json.dumps(default)}, got {one_line(value[1])}"
         expected = "; ".join(dict.fromkeys(inputs)) or one_line(re.sub(r"Got value: .*$", "", rest, flags=re.DOTALL))
         if expected.startswith("Does not validate against any of the Union subtypes"):
             expected = "Expected " + " or ".join(re.findall(r"- Expected (.*?)(?= - | Given value|$)", expected))
@@ -91,6 +98,16 @@ def explain(message: str, config_type: type[BaseModel] = ExperimentConfig) -> st
             f", got {one_line(value[1])}" if value else ""
         )
     return one_line(message)
+
+
+def _nearest_multiples(value: str, step: int) -> str:
+    """What to take for the numbers of a value that are no multiples of a step."""
+    wrong = dict.fromkeys(number for number in map(int, re.findall(r"\d+", value)) if number % step)
+    ways = []
+    for number in wrong:
+        below, above = number // step * step, (number // step + 1) * step
+        ways.append(f"{number} by {below} or {above}" if below else f"{number} by {above}")
+    return f"should be multiples of {step}: replace {', '.join(ways)}"
 
 
 def _choices_of(key: str, config_type: type[BaseModel]) -> list[str]:
@@ -180,7 +197,7 @@ def range_of(key: str, config_type: type[BaseModel]) -> str:
         for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "a multiple of")):
             if getattr(constraint, attribute, None) is not None:
                 limits.append(f"{sign} {getattr(constraint, attribute):g}")
-    return f" (allowed: {' and '.join(limits)})" if limits else ""
+    return f" (allowed: {' and '.join(dict.fromkeys(limits))})" if limits else ""
 
 
 def one_line(text: str) -> str:

@@ -70,8 +70,11 @@ def predict(config: ExperimentConfig, predictor: Predictor, images: str, output:
                 computed += summary.num_images
                 progress.show(summary)
                 _check_budget(config, plan, summaries.values())
-    manifest = _finish(config, plan, list(summaries.values()))
+    manifest = _finish(config, plan, list(summaries.values()), predictor.class_names)
     seconds = time.monotonic() - started
+    if manifest["num_errors"]:
+        failed, all_images = manifest["num_errors"], counted(manifest["num_images"], "image")
+        say(f"predict: {failed} of {all_images} could not be predicted; which, and why: {ERRORS_FILE} in the output")
     counts = {name: manifest[name] for name in ("num_images", "num_predicted", "num_errors", "num_detections")}
     return {
         **counts,
@@ -232,7 +235,9 @@ def _write_errors(plan: Plan, summaries: Sequence[PartSummary]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _finish(config: ExperimentConfig, plan: Plan, summaries: list[PartSummary]) -> dict[str, Any]:
+def _finish(
+    config: ExperimentConfig, plan: Plan, summaries: list[PartSummary], class_names: Sequence[str]
+) -> dict[str, Any]:
     """Count everything once more, and write the errors table, further formats and last the manifest."""
     summaries.sort(key=_number)
     num_errors = sum(len(summary.errors) for summary in summaries)
@@ -259,7 +264,7 @@ def _finish(config: ExperimentConfig, plan: Plan, summaries: list[PartSummary]) 
         "errors_sha256": _write_errors(plan, summaries),
     }
     if config.predict.coco_results:
-        manifest["coco_results"] = write_coco_results(plan, [summary.name for summary in summaries])
+        manifest["coco_results"] = write_coco_results(plan, [summary.name for summary in summaries], class_names)
     storage.write_bytes(storage.join(plan.output, MANIFEST_FILE), json.dumps(manifest, indent=1).encode())
     return manifest
 

@@ -403,6 +403,14 @@ def test_reference_to_nothing_is_explained(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             resolve_checkpoint(reference, str(tmp_path))
         assert str(caught.value).startswith(f"{reference}: neither a checkpoint folder, nor a run")
+        assert str(caught.value).endswith("nor models:/NAME@ALIAS")
+
+
+def test_the_runs_that_there_are_stand_behind_a_wrong_name(tmp_path: Path) -> None:
+    for name in ("shapes", "boards", "boards-smoke", "a", "b", "c"):
+        write_run(tmp_path / name, {"checkpoint": (10, {})}, thin())
+    with pytest.raises(UserError, match=r"; runs there: boards, boards-smoke, [^,]+, [^,]+, [^,]+ and 1 more$"):
+        resolve_checkpoint("bords", str(tmp_path))
 
 
 def test_id_of_an_mlflow_run_is_looked_up_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pycocotools.coco import COCO
 from torch import Tensor
 
 from model.mask_rcnn import MaskRCNN
@@ -98,8 +99,6 @@ def test_odd_images(local_ray: None, predictor: Predictor, tmp_path: Path) -> No
 @needs_shared_data("coco_mini", "nuclei", "nasty")
 def test_coco(local_ray: None, checkpoint: str, tmp_path: Path) -> None:
     """Image ids, category ids by name, and a COCO results file that pycocotools takes."""
-    from pycocotools.coco import COCO
-
     content = json.loads((SHARED_DATA / "coco_mini" / "annotations" / "instances_val.json").read_text())
     content["images"] = content["images"][:30]
     kept = {image["id"] for image in content["images"]}
@@ -132,8 +131,13 @@ def test_a_parquet_data_set_gives_the_rows_of_its_files(local_ray: None, predict
     files = {name: (SHARED_DATA / "nuclei" / "images" / name).read_bytes() for name in names}
     table = pa.table({"bytes": [*files.values(), None], "name": [*files, "nothing"]})
     pq.write_table(table, tmp_path / "set.parquet", row_group_size=6)
-    settings = config(key_column="name")
-    predict(settings, predictor, str(tmp_path / "set.parquet"), str(tmp_path / "out"), print)
+    settings, said = config(key_column="name", coco_results=True), list[str]()
+    predict(settings, predictor, str(tmp_path / "set.parquet"), str(tmp_path / "out"), said.append)
+    assert said[-1] == "predict: 1 of 21 images could not be predicted; which, and why: errors.parquet in the output"
+    loaded = COCO(str(tmp_path / "out" / "coco_images.json"))  # what the ids stand for, as there is no file of yours
+    assert [image["file_name"] for image in loaded.loadImgs(loaded.getImgIds())] == names
+    assert [category["name"] for category in loaded.loadCats(loaded.getCatIds())] == list(predictor.class_names)
+    assert len(loaded.loadRes(str(tmp_path / "out" / "coco_results.json")).anns) > 0
     rows = rows_of(tmp_path / "out")
     assert [row["key"] for row in rows] == names
     assert_equal_to_the_model(rows, files, predictor)

@@ -264,6 +264,7 @@ def test_all_that_stops_the_job_is_told_at_once(tmp_path: Path) -> None:
     ]  # fmt: skip
     for line, name in zip(said, names, strict=False):
         assert str(tmp_path / "data" / name) in line
+    assert said[3] == "data: no image was opened yet; what is wrong with them is told once this is settled"
     assert only_a_report(tmp_path / "runs")
     policies = dict.fromkeys(("missing_file", "duplicate_annotation_id", "unknown_category"), "drop")
     checked = check(experiment(tmp_path / "data", tmp_path / "runs", policies=policies), said.append)
