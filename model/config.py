@@ -189,7 +189,7 @@ class DetectionConfig(Config):
     """From head outputs to detections."""
 
     score_threshold: Fraction = 0.05
-    """Detections with a lower score are dropped."""
+    """Detections of a lower probability of their class are dropped."""
     nms_threshold: Fraction = 0.5
     """Detections that overlap a better one of their class by more than this IoU are dropped."""
     max_per_image: PositiveInt = 100

@@ -45,12 +45,23 @@ def crop_mask_targets(
     """
     if batch.mask_bits.numel() == 0 or regions.shape[0] == 0:  # no image has an object: there is nothing to index
         return regions.new_zeros(regions.shape[0], size, size, dtype=torch.float32)
-    mask = _Pixels(
-        _unpacked(batch.mask_bits),
-        batch.mask_offsets[image_index, gt_index] * 8,
-        *batch.mask_sizes[image_index, gt_index].unbind(dim=1),
-    )
+    first = batch.mask_offsets[image_index, gt_index] * 8  # bits
+    height, width = batch.mask_sizes[image_index, gt_index].unbind(dim=1)
     mask_box = batch.mask_boxes[image_index, gt_index]  # (P, 4)
+    window = windows[image_index]  # (P, 4)
+    if kind == "soft" and has_kernels(regions.device):  # which reads the bits as they are
+        from model.mask_target_kernels import covered_shares
+
+        size_xy = torch.stack([width, height], dim=1)
+        of_region = torch.stack(
+            [_position(regions[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
+        )
+        of_window = torch.stack(
+            [_position(window[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
+        )
+        sizes = size_xy.flip(1)
+        return covered_shares(batch.mask_bits, first, sizes, of_region.flatten(1), of_window.flatten(1), size)
+    mask = _Pixels(_unpacked(batch.mask_bits), first, height, width)
     if kind == "crop_and_resize":
         steps = torch.arange(size, device=regions.device, dtype=regions.dtype) / (size - 1)
         # Corners on corners: the mask's outermost pixels, too, count as its edges.
@@ -61,19 +72,6 @@ def crop_mask_targets(
         inside_x = (x >= 0) & (x <= mask.width[:, None] - 1)
         inside = inside_y[:, :, None] & inside_x[:, None, :]
         return ((mask.interpolate(y, x) > 0.5) & inside).float()
-    window = windows[image_index]  # (P, 4)
-    if kind == "soft" and has_kernels(regions.device):
-        from model.mask_target_kernels import covered_shares
-
-        size_xy = torch.stack([mask.width, mask.height], dim=1)
-        of_region = torch.stack(
-            [_position(regions[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
-        )
-        of_window = torch.stack(
-            [_position(window[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
-        )
-        sizes = size_xy.flip(1)
-        return covered_shares(batch.mask_bits, mask.first, sizes, of_region.flatten(1), of_window.flatten(1), size)
     if kind == "soft":
         return torch.stack(
             [_covered_share(mask, row, mask_box[row], window[row], regions[row], size) for row in range(len(regions))]
@@ -139,11 +137,12 @@ class _Pixels:
     def _nearest(self, y: Tensor, x: Tensor) -> Tensor:
         """Pixels (P, R, S) at rows y (P, R) and columns x (P, S); outside of the mask those of its border.
 
-        Of a mask without pixels any pixel: it has no row either.
+        Of a mask without pixels any pixel: it has no row or no column either.
         """
+        width = torch.where(self.height > 0, self.width, 0)[:, None]
         row = torch.minimum(y, self.height[:, None] - 1).clamp(min=0)
-        column = torch.minimum(x, self.width[:, None] - 1).clamp(min=0)
-        first_of_row = self.first.clamp(max=len(self.content) - 1)[:, None] + row * self.width[:, None]
+        column = torch.minimum(x, width - 1).clamp(min=0)
+        first_of_row = self.first.clamp(max=len(self.content) - 1)[:, None] + row * width
         index = first_of_row[:, :, None] + column[:, None, :]
         return self.content.index_select(0, index.flatten()).reshape(index.shape)
 

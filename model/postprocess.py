@@ -55,8 +55,8 @@ def final_scores(scores: Tensor, mask_probabilities: Tensor, config: DetectionCo
     """Scores that detections are reported and ranked with.
 
     With `class_times_mask` the probability of the class is multiplied by the mean probability of the mask's cells
-    ("maskness", SOLO, arXiv 2106.15947): a mask that the model is in doubt about comes after a clear one. Thresholds
-    and NMS come before, and see the probability of the class alone.
+    ("maskness", SOLO, arXiv 2106.15947): a mask that the model is in doubt about comes after a clear one. The model's
+    threshold and NMS come before, and see the probability of the class alone.
 
     Args:
         scores: (N,) in 0..1; N may be 0.

@@ -96,7 +96,7 @@ def stop_at_errors(
             findings_of(checked, split, split.records, problems, quarantined, message, of_images=told[split.name])
         )
     write_report(checked.folder, findings, config.model.anchors)
-    if of_images is None:
+    if of_images is None and not any(split.is_there for split in splits):
         say("data: no image was opened yet; what is wrong with them is told once this is settled")
     say(f"data: what was found stands in {storage.join(checked.folder, preflight.PAGE)}")
     raise PolicyError(message, [problem for problems in found.values() for problem in problems])

@@ -9,6 +9,7 @@ import re
 from pipeline import storage
 from pipeline.checkpoint import DESCRIPTION_FILE, read_description
 from pipeline.errors import UserError
+from pipeline.run_state import RUN_FILE
 
 MAX_RUNS_TOLD = 5
 
@@ -51,11 +52,11 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
 
 
 def _runs_in(storage_path: str, reference: str) -> str:
-    """The runs with checkpoints that there are, those first whose name is like the one asked for."""
+    """The runs that there are, those first whose name is like the one asked for."""
     if not os.path.isdir(storage_path):
         return ""
-    folders = (name for name in sorted(os.listdir(storage_path)) if name != "shards")
-    runs = [name for name in folders if best_checkpoint_of_run(os.path.join(storage_path, name)) is not None]
+    names = sorted(os.listdir(storage_path))
+    runs = [name for name in names if os.path.exists(os.path.join(storage_path, name, RUN_FILE))]
     runs.sort(key=lambda name: -difflib.SequenceMatcher(None, name, os.path.basename(reference)).ratio())
     more = f" and {len(runs) - MAX_RUNS_TOLD} more" if len(runs) > MAX_RUNS_TOLD else ""
     return f"; runs there: {', '.join(runs[:MAX_RUNS_TOLD])}{more}" if runs else ""

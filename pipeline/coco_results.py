@@ -17,8 +17,8 @@ def write_coco_results(plan: Plan, parts: Sequence[str], class_names: Sequence[s
     """Write all detections of all parts; one part at a time is in memory.
 
     Image ids are those of the COCO file or shards that the images came from, else the image's number in the plan, from
-    0 on. Category ids are those of the COCO file, by class name; without one they are our class ids, and IDS_FILE
-    says in COCO's form which images and categories all ids stand for.
+    0 on. Category ids are those of the COCO file, by class name; without one they are our class ids. Where neither COCO
+    file nor shards say it, IDS_FILE does in COCO's form: which images and categories the ids stand for.
 
     Args:
         plan: of the prediction.
@@ -43,7 +43,7 @@ def write_coco_results(plan: Plan, parts: Sequence[str], class_names: Sequence[s
         yield b"\n]\n"
 
     storage.write_pieces(storage.join(plan.output, RESULTS_FILE), pieces())
-    if plan.categories is None:
+    if plan.categories is None and plan.kind != "shards":
         storage.write_pieces(storage.join(plan.output, IDS_FILE), _ids(plan, parts, class_names))
     return counts
 

@@ -61,7 +61,7 @@ def finished_summary(config: ExperimentConfig, say: Say, with_data: bool = False
         config: whole.
         say: takes lines for a person to read.
         with_data: look at the annotation files; a finished run whose files are not what they were gives None, too, so
-            that its data are looked at like those of every other.
+            that its data are looked at like those of every other (`run_state.has_annotations_of`).
 
     Raises:
         UserError: the run was begun with another configuration.
@@ -73,7 +73,7 @@ def finished_summary(config: ExperimentConfig, say: Say, with_data: bool = False
         run_state.check_unchanged(state, config, folder)
     if state is None or result is None or result.length != _length(config):
         return None
-    if with_data and state.annotation_files not in (None, run_state.annotation_digests(config)):
+    if with_data and not run_state.has_annotations_of(state, config):
         return None
     deliver_the_rest(config, folder, say)
     say(f"run {config.run.name} in {folder} is finished ({result.summary['steps']} steps); nothing to do")

@@ -28,7 +28,7 @@ class DetectionOverrides(Config):
     """What takes the place of `model.detections` of a checkpoint."""
 
     score_threshold: Fraction | None = None
-    """Least score of a detection; null: the model's."""
+    """Least probability of the class of a detection; null: the model's."""
     nms_threshold: Fraction | None = None
     """IoU above which the lesser of two detections of a class goes; null: the model's."""
     max_per_image: PositiveInt | None = None

@@ -85,12 +85,12 @@ def check(config: ExperimentConfig, say: Say) -> CheckedData:
     validation_key = content_key(config, "validation", validation_files, class_map)
     folder = storage.absolute(data.shards) if data.shards else default_folder(config, training_key, validation_key)
     stamps = {path: storage.list_stamps(path) for path in {f.images_folder for f in training_files + validation_files}}
-    checked = CheckedData(
-        folder,
-        class_map,
-        _check_split(config, "training", folder, training_key, training_files, class_map, stamps, in_both),
-        _check_split(config, "validation", folder, validation_key, validation_files, class_map, stamps),
+    validation = _check_split(config, "validation", folder, validation_key, validation_files, class_map, stamps)
+    # What is trained on is compared with what is validated on, so it is looked at again where that has changed.
+    training = _check_split(
+        config, "training", folder, training_key, training_files, class_map, stamps, in_both, validation.is_there
     )
+    checked = CheckedData(folder, class_map, training, validation)
     stop_at_errors(config, checked, say)
     return checked
 
@@ -140,6 +140,7 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
         UserError: images that cannot be used, or a shard that is damaged; no half-made data set is left behind.
     """
     findings = {}
+    validation_existed = storage.exists(checked.validation.folder)
     # What is validated on comes first: the same images are looked for in what is trained on.
     for split in (checked.validation, checked.training):
         if split.is_there:
@@ -150,7 +151,7 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
             try:
                 manifest = _write_split(config, checked, split, say, on_cluster)
             except Exception:
-                if split is checked.training and not checked.validation.is_there:
+                if split is checked.training and not validation_existed:
                     storage.delete_folder(checked.validation.folder)  # half a data set is none
                 raise
             say(f"data: wrote {split.name} shards: {manifest.num_rows} images to {split.folder}")
@@ -174,10 +175,11 @@ def _check_split(
     class_map: ClassMap,
     stamps: dict[str, dict[str, str]],
     validated: Container[str] = (),
+    may_be_there: bool = True,
 ) -> CheckedSplit:
     folder = storage.join(parent, name)
     files_key = digest_of_images(files, stamps)
-    split = CheckedSplit(name, folder, key, files_key, holds(folder, key, files_key))
+    split = CheckedSplit(name, folder, key, files_key, may_be_there and holds(folder, key, files_key))
     for index, file in enumerate(files if not split.is_there else []):
         class_of_category, active_class_ids = classes_of_source(file, class_map)
         category_of_class = {class_id: category for category, class_id in reversed(class_of_category.items())}

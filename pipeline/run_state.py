@@ -103,10 +103,16 @@ def write_result(folder: str, result: RunResult) -> None:
 def check_unchanged(state: RunState, config: ExperimentConfig, folder: str) -> None:
     """Refuse to go on with another configuration than the run was begun with.
 
+    A key that there was not yet had what is now its default: new ones are made so that this changes nothing.
+
     Raises:
         UserError: with every difference.
     """
     before, after = flatten(state.config), flatten(config.model_dump(mode="json"))
+    defaults, left_out = flatten(ExperimentConfig().model_dump(mode="json")), tuple(f"{key}." for key in before)
+    new = after.keys() - before.keys()
+    # Not the keys of a section that was null.
+    before |= {key: defaults[key] for key in new if key in defaults and not key.startswith(left_out)}
     changes = [
         f"{key} {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -138,6 +144,17 @@ def annotation_digests(config: ExperimentConfig) -> dict[str, str]:
     return digests
 
 
+def has_annotations_of(state: RunState, config: ExperimentConfig) -> bool:
+    """Whether the annotation files are those that a run was begun with, as far as they are there.
+
+    Where they are looked for in another data.root than at the beginning, they have to be there.
+    """
+    same_place = storage.absolute(state.config["data"]["root"]) == storage.absolute(config.data.root)
+    now = annotation_digests(config)
+    known = state.annotation_files or {}
+    return all(now.get(key, digest if same_place else None) == digest for key, digest in known.items())
+
+
 def check_same_data(
     state: RunState, config: ExperimentConfig, training_digest: str, validation_digest: str, folder: str
 ) -> None:
@@ -146,18 +163,18 @@ def check_same_data(
     Raises:
         UserError: which of them differs.
     """
-    before_files, now_files = state.annotation_files or {}, annotation_digests(config)
-    changed = [
-        storage.absolute(source.annotations, storage.absolute(config.data.root))
-        for key, source in config.data.sources_to_read().items()
-        if key in before_files and now_files.get(key) != before_files[key]
-    ]
-    which = f" ({', '.join(changed)} is not what it was)" if changed else ""
     for name, before, after in (
         ("training", state.training_digest, training_digest),
         ("validation", state.validation_digest, validation_digest),
     ):
         if before != after:
+            known, now = state.annotation_files or {}, annotation_digests(config)
+            changed = [
+                storage.absolute(source.annotations, storage.absolute(config.data.root))
+                for key, source in config.data.sources_to_read().items()
+                if key in known and now.get(key) != known[key]
+            ]
+            which = f" ({', '.join(changed)} is not what it was)" if changed else ""
             raise UserError(f"{folder}: was begun on other {name} data{which}; begin a new run with --run.name")
 
 

@@ -326,10 +326,12 @@ def _write_shard(table: Any, folder: str, contents: Contents) -> Any:
 def _shard_key(first_row: int, records: Sequence[ImageRecord], contents: Contents) -> str:
     """Digest of all that a shard is a function of, image files excepted; not of where they lie."""
     settings = contents.settings
+    # Which of equal images are kept is seen from the records; so shards of versions without this policy stay the same.
+    policies = settings.policies.model_dump(exclude={"duplicate_image"})
     digest = hashlib.sha256()
     options = [FORMAT_VERSION, first_row, settings.canvases, settings.image_format, settings.jpeg_quality]
     options += [settings.short_side, settings.resize_method, settings.largest_short_side, settings.largest_scale]
-    digest.update(json.dumps([*options, settings.policies.model_dump(), list(contents.class_names)]).encode())
+    digest.update(json.dumps([*options, policies, list(contents.class_names)]).encode())
     for record in records:
         digest.update(replace(record, path="").to_json().encode())
     return digest.hexdigest()

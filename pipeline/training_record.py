@@ -67,11 +67,14 @@ def begin_run(
     if not storage.is_url(folder):
         # Ray Train's own list of checkpoints. We keep none there, and it would stop at one that is gone or torn.
         Path(folder, SNAPSHOT_FILE).unlink(missing_ok=True)
+    annotations = run_state.annotation_digests(config)
     if state is not None:
+        if state.annotation_files != annotations:  # written otherwise, but they say the same
+            run_state.write_run(folder, replace(state, annotation_files=annotations))
         return
     resolved = config.model_dump(mode="json")
     digests = shards.manifest.digest, validation.manifest.digest
-    run_state.write_run(folder, run_state.RunState(resolved, *digests, None, run_state.annotation_digests(config)))
+    run_state.write_run(folder, run_state.RunState(resolved, *digests, None, annotations))
     tracker.log_text.remote(json.dumps(resolved, indent=1), "config.json")
     class_map = {"background": 0, **{name: i + 1 for i, name in enumerate(shards.manifest.class_names)}}
     tracker.log_text.remote(json.dumps(class_map, indent=1), "class_map.json")

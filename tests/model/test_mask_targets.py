@@ -147,6 +147,13 @@ class TestCropMaskTargets:
         targets = crop_mask_targets(batch, windows_of(batch), index, slots, regions, 28, "thresholded")
         assert targets[0].all()
         assert not targets[1:].any()
+        sizes, offsets = batch.mask_sizes.clone(), batch.mask_offsets.clone()
+        sizes[0, 1], sizes[0, 3] = torch.tensor([0, 7]), torch.tensor([7, 0])
+        offsets[0, [1, 3]] = len(batch.mask_bits)  # behind the last byte
+        odd = replace(batch, mask_sizes=sizes, mask_offsets=offsets)
+        for kind in ("thresholded", "crop_and_resize"):
+            found = crop_mask_targets(odd, windows_of(batch), index, slots, regions, 28, kind)
+            assert not found[1:].any()
 
 
 def test_moving_a_batch_keeps_the_targets() -> None:

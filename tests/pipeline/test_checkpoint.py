@@ -34,6 +34,7 @@ from pipeline.config import ExperimentConfig, OptimSettings
 from pipeline.ema import averaged_copy
 from pipeline.errors import UserError
 from pipeline.optim import build_optimizer
+from pipeline.run_state import RUN_FILE
 from tests.pipeline.factories import CLASS_NAMES, thin_model
 
 CONFIG = ExperimentConfig(model=thin_model())
@@ -408,7 +409,9 @@ def test_reference_to_nothing_is_explained(tmp_path: Path) -> None:
 
 def test_the_runs_that_there_are_stand_behind_a_wrong_name(tmp_path: Path) -> None:
     for name in ("shapes", "boards", "boards-smoke", "a", "b", "c"):
-        write_run(tmp_path / name, {"checkpoint": (10, {})}, thin())
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RUN_FILE).write_text("{}")
+    (tmp_path / "shards").mkdir()
     with pytest.raises(UserError, match=r"; runs there: boards, boards-smoke, [^,]+, [^,]+, [^,]+ and 1 more$"):
         resolve_checkpoint("bords", str(tmp_path))
 

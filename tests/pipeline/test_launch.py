@@ -75,7 +75,9 @@ def test_a_finished_run_is_finished_for_the_data_that_it_was_trained_on(tmp_path
     assert finished_summary(config, said.append, with_data=True) is None, "the job looks at the data and refuses them"
     assert finished_summary(config, said.append) == {"steps": 20}, "a trial of a sweep has its shards"
     annotations.unlink()
-    assert finished_summary(config, said.append, with_data=True) is None
+    assert finished_summary(config, said.append, with_data=True) == {"steps": 20}, "they may have been put away since"
+    elsewhere = small_config(data={**data, "root": str(tmp_path / "typo")}, run=config.run.model_dump())
+    assert finished_summary(elsewhere, said.append, with_data=True) is None, "the job says that there is nothing"
     run_state.write_run(folder, run_state.RunState(settings, "a", "b", None))  # of a version that did not write it down
     assert finished_summary(config, said.append, with_data=True) == {"steps": 20}
 

@@ -341,6 +341,39 @@ def test_bad_validation_images_stop_the_job_before_the_training_images_are_read(
     assert not any("training" in line for line in said)
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_training_images_that_cannot_be_used_leave_no_new_validation_shards(
+    existed: bool, local_ray: None, tmp_path: Path
+) -> None:
+    contents = two_sources(tmp_path / "data")
+    config = experiment(tmp_path / "data", tmp_path / "runs", shards=str(tmp_path / "shards"))
+    if existed:
+        prepare(config, lambda line: None)
+        edit(tmp_path / "data" / "validation.json", lambda content: content["annotations"].pop())
+    before = set((tmp_path / "shards").rglob("*.arrow"))
+    (tmp_path / "data" / "images" / contents["birds.json"]["images"][0]["file_name"]).write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        prepare(config, lambda line: None)
+    assert (tmp_path / "shards" / "validation").exists() is existed
+    assert {path for path in before if path.parent.name == "validation"} <= set((tmp_path / "shards").rglob("*.arrow"))
+
+
+def test_training_images_are_compared_again_where_what_is_validated_on_has_changed(
+    local_ray: None, tmp_path: Path
+) -> None:
+    contents = two_sources(tmp_path / "data")
+    config = experiment(tmp_path / "data", tmp_path / "runs", shards=str(tmp_path / "shards"))
+    prepare(config, lambda line: None)
+    trained = contents["birds.json"]["images"][0]
+    copy = {**trained, "id": 4711, "file_name": "copy.png"}
+    images = tmp_path / "data" / "images"
+    (images / "copy.png").write_bytes((images / trained["file_name"]).read_bytes())
+    edit(tmp_path / "data" / "validation.json", lambda content: content["images"].append(copy))
+    said: list[str] = []
+    prepare(config, said.append)
+    assert any("training problems" in line and "1 image_in_both_splits (kept)" in line for line in said)
+
+
 @pytest.mark.parametrize("already_there", [False, True])
 def test_images_that_are_validated_on_under_another_name_are_told(
     already_there: bool, local_ray: None, tmp_path: Path

@@ -132,14 +132,18 @@ def test_all_changes_are_named() -> None:
 
 
 def test_run_of_an_older_version_is_compared() -> None:
-    """It may have keys that are no more, and lack new ones: a difference, not a crash."""
+    """It may have keys that are no more: a difference, not a crash. What it lacks had what is the default now."""
     state = state_of(config_with())
+    del state.config["model"]["detections"]["score"]
+    del state.config["data"]["policies"]["duplicate_image"]
+    check_unchanged(state, config_with(), "/runs/mine")  # raises nothing
     state.config["optim"]["dampening"] = 0.5
-    del state.config["augment"]
+    changed = config_with(model={"detections": {"score": "class_times_mask"}}, data={"synthetic": {}})
     with pytest.raises(UserError) as caught:
-        check_unchanged(state, config_with(), "/runs/mine")
+        check_unchanged(state, changed, "/runs/mine")
     assert "optim.dampening 0.5 -> None" in str(caught.value)
-    assert "augment.horizontal_flip None -> 0.5" in str(caught.value)
+    assert "model.detections.score class -> class_times_mask" in str(caught.value)
+    assert "data.synthetic.seed None -> 0" in str(caught.value), "that a section was null is no default of its keys"
 
 
 def test_other_data_are_refused() -> None:
