@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from pathlib import Path
 
 from pipeline import storage
 from pipeline.checkpoint import DESCRIPTION_FILE, read_description
 from pipeline.errors import UserError
-from pipeline.run_state import RUN_FILE
+from pipeline.run_state import RESULT_FILE, RUN_FILE
 
 MAX_RUNS_TOLD = 5
 
@@ -52,11 +53,11 @@ def resolve_checkpoint(reference: str, storage_path: str, mlflow_uri: str | None
 
 
 def _runs_in(storage_path: str, reference: str) -> str:
-    """The runs that there are, those first whose name is like the one asked for."""
+    """The finished runs that there are, those first whose name is like the one asked for."""
     if not os.path.isdir(storage_path):
         return ""
-    names = sorted(os.listdir(storage_path))
-    runs = [name for name in names if os.path.exists(os.path.join(storage_path, name, RUN_FILE))]
+    finished = (path.parent for path in Path(storage_path).glob(f"*/{RESULT_FILE}"))
+    runs = sorted(folder.name for folder in finished if (folder / RUN_FILE).exists())  # else a sweep
     runs.sort(key=lambda name: -difflib.SequenceMatcher(None, name, os.path.basename(reference)).ratio())
     more = f" and {len(runs) - MAX_RUNS_TOLD} more" if len(runs) > MAX_RUNS_TOLD else ""
     return f"; runs there: {', '.join(runs[:MAX_RUNS_TOLD])}{more}" if runs else ""

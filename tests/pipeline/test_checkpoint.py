@@ -34,7 +34,7 @@ from pipeline.config import ExperimentConfig, OptimSettings
 from pipeline.ema import averaged_copy
 from pipeline.errors import UserError
 from pipeline.optim import build_optimizer
-from pipeline.run_state import RUN_FILE
+from pipeline.run_state import RESULT_FILE, RUN_FILE
 from tests.pipeline.factories import CLASS_NAMES, thin_model
 
 CONFIG = ExperimentConfig(model=thin_model())
@@ -410,8 +410,11 @@ def test_reference_to_nothing_is_explained(tmp_path: Path) -> None:
 def test_the_runs_that_there_are_stand_behind_a_wrong_name(tmp_path: Path) -> None:
     for name in ("shapes", "boards", "boards-smoke", "a", "b", "c"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / RESULT_FILE).write_text("{}")
         (tmp_path / name / RUN_FILE).write_text("{}")
-    (tmp_path / "shards").mkdir()
+    for name, file in (("prediction", RUN_FILE), ("sweep", RESULT_FILE)):  # these are no runs of a training
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
     with pytest.raises(UserError, match=r"; runs there: boards, boards-smoke, [^,]+, [^,]+, [^,]+ and 1 more$"):
         resolve_checkpoint("bords", str(tmp_path))
 
