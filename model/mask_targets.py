@@ -53,14 +53,8 @@ def crop_mask_targets(
         from model.mask_target_kernels import covered_shares
 
         size_xy = torch.stack([width, height], dim=1)
-        of_region = torch.stack(
-            [_position(regions[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
-        )
-        of_window = torch.stack(
-            [_position(window[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)], dim=2
-        )
-        sizes = size_xy.flip(1)
-        return covered_shares(batch.mask_bits, first, sizes, of_region.flatten(1), of_window.flatten(1), size)
+        of_region, of_window = (_in_mask_pixels(boxes, mask_box, size_xy) for boxes in (regions, window))
+        return covered_shares(batch.mask_bits, first, size_xy.flip(1), of_region, of_window, size)
     mask = _Pixels(_unpacked(batch.mask_bits), first, height, width)
     if kind == "crop_and_resize":
         steps = torch.arange(size, device=regions.device, dtype=regions.dtype) / (size - 1)
@@ -159,6 +153,12 @@ def _position(region: Tensor, mask_box: Tensor, cells: Tensor, steps: Tensor | N
     position = region if steps is None else region[:, :1] + steps * (region[:, 1:] - region[:, :1])  # (P, S)
     extent = (mask_box[:, 1:] - mask_box[:, :1]).clamp(min=1e-6)
     return (position - mask_box[:, :1]) / extent * cells[:, None]
+
+
+def _in_mask_pixels(boxes: Tensor, mask_box: Tensor, size_xy: Tensor) -> Tensor:
+    """(P, 4) xyxy in input pixels to xyxy in mask pixels, of masks of (P, 2) columns and rows."""
+    ends = [_position(boxes[:, axis::2], mask_box[:, axis::2], size_xy[:, axis]) for axis in (0, 1)]
+    return torch.stack(ends, dim=2).flatten(1)
 
 
 def _clamp_to(position: Tensor, ends: Tensor) -> Tensor:

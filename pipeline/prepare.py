@@ -140,9 +140,10 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
         UserError: images that cannot be used, or a shard that is damaged; no half-made data set is left behind.
     """
     findings = {}
-    validation_existed = storage.exists(checked.validation.folder)
     # What is validated on comes first: the same images are looked for in what is trained on.
-    for split in (checked.validation, checked.training):
+    splits = checked.validation, checked.training
+    new_folders = [split.folder for split in splits if not storage.exists(split.folder)]
+    for split in splits:
         if split.is_there:
             say(f"data: {split.name} shards are there: {read_manifest(split.folder).num_rows} images in {split.folder}")
             if config.data.verify_shards and on_cluster:
@@ -150,9 +151,9 @@ def write(config: ExperimentConfig, checked: CheckedData, say: Say, on_cluster: 
         else:
             try:
                 manifest = _write_split(config, checked, split, say, on_cluster)
-            except Exception:
-                if split is checked.training and not validation_existed:
-                    storage.delete_folder(checked.validation.folder)  # half a data set is none
+            except Exception:  # whatever it is goes on; half a data set is none, what was there before stays
+                for folder in new_folders:
+                    storage.delete_folder(folder)
                 raise
             say(f"data: wrote {split.name} shards: {manifest.num_rows} images to {split.folder}")
         if storage.exists(storage.join(split.folder, preflight.FINDINGS)):  # shards may be brought without them
@@ -197,7 +198,6 @@ def _check_split(
 def _write_split(
     config: ExperimentConfig, checked: CheckedData, split: CheckedSplit, say: Say, on_cluster: bool
 ) -> Manifest:
-    existed = storage.exists(split.folder)
     contents = Contents(
         checked.class_map.names,
         split.sources,
@@ -218,11 +218,8 @@ def _write_split(
             on_cluster,
             frozenset(read_manifest(checked.validation.folder).files) if split is checked.training else (),
         )
-    except Exception as error:
-        if not existed:
-            storage.delete_folder(split.folder)
-        if isinstance(error, PolicyError):
-            stop_at_errors(config, checked, say, {split.name: error.problems})
+    except PolicyError as error:
+        stop_at_errors(config, checked, say, {split.name: error.problems})
         raise
     known = {(problem.kind, problem.source, problem.image_id) for problem in split.problems}
     problems = split.problems + [

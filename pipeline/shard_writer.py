@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.coco import ImageRecord
-from pipeline.config import PolicySettings
 from pipeline.problems import Problem, Quarantined, quarantined, raise_errors
+from pipeline.repeated_images import repeated_images
 from pipeline.row_encoding import ImageLeftOut, RowSettings, encode_row
 from pipeline.shards import (
     FORMAT_VERSION,
@@ -103,7 +103,7 @@ def write_shards(
         files = [digest for result in results for digest in result.files]
         found = [problem for result in results for problem in result.problems]
         if not unusable:
-            repeated = _repeated_images(wanted, files, validated, contents.settings.policies)
+            repeated = repeated_images(wanted, files, validated, contents.settings.policies)
             unusable = [problem for problem in repeated if problem.policy == "drop"]
             found += [problem for problem in repeated if problem.policy != "drop"]
         problems = left_out + unusable + found
@@ -140,35 +140,6 @@ def write_shards(
     if manifest.num_rows + len(left_out) != len(records) or len(objects) + gone_annotations != num_annotations:
         raise RuntimeError(f"{folder}: images or annotations were lost; this is a defect of the program")
     return Written(manifest, problems, quarantine, _as_kept(wanted, quarantine, objects), objects)
-
-
-def _repeated_images(
-    records: Sequence[ImageRecord], files: Sequence[str], validated: Container[str], policies: PolicySettings
-) -> list[Problem]:
-    """Images with the bytes of one that is validated on, or of another one under another name.
-
-    Args:
-        records: in row order.
-        files: digest of each image file.
-        validated: see `write_shards`.
-        policies: what is done about them.
-    """
-    problems = []
-    first_of: dict[str, str] = {}
-    for record, digest in zip(records, files, strict=True):
-        first = first_of.setdefault(digest, record.path)
-        if digest in validated:
-            kind, policy = "image_in_both_splits", policies.image_in_both_splits
-            reason = f"{record.path}: has the bytes of an image that is validated on"
-        elif first != record.path:
-            kind, policy = "duplicate_image", policies.duplicate_image
-            reason = f"{record.path}: has the bytes of {first}"
-        else:
-            continue
-        problems.append(
-            Problem(kind, policy, "image", record.source, reason, record.image_id, file_name=record.file_name)
-        )
-    return problems
 
 
 def _as_kept(
