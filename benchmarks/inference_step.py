@@ -6,13 +6,12 @@ Both take the preset configs/torchvision_v1.yaml stands for, with the same rando
 of choosing 1000 proposals and the detections, then the same ones are given to both. torchvision pastes into full
 bitmaps and encodes them one by one, as its reference does. One thread, variants interleaved in one process that keeps
 freed memory as our workers do (`pipeline.allocator`), medians of CPU time. Ratios are the time of torchvision in fp32
-over that of the variant: more than 1 is faster.
+over that of the variant: more than 1 is faster. The roof is a convolution of 256 channels in the type of the variant,
+timed in the same turns (`benchmarks.roof`).
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from benchmarks import peers
+from benchmarks import peers, turns
 from benchmarks.results import Table, has_bf16, show
+from benchmarks.turns import Variant
 from model.canvas import image_windows, normalise
 from model.config import ModelConfig
 from model.folded import folded
@@ -139,40 +139,22 @@ def main() -> None:
     ours = peers.our_model(theirs, device)
     half, plain = torch.bfloat16, torch.contiguous_format
     variants = {
-        "torchvision fp32": their_run(theirs, batch, proposals, None, plain),
-        "ours fp32": our_run(ours, batch, proposals, None),
+        turns.PEER_FP32: Variant(their_run(theirs, batch, proposals, None, plain), None),
+        "ours fp32": Variant(our_run(ours, batch, proposals, None), None),
     }
+    least_iou = share_equal(variants["ours fp32"].run(), variants[turns.PEER_FP32].run())
     if has_bf16() and not options.fp32_only:
-        variants["torchvision bf16, channels last"] = their_run(theirs, batch, proposals, half, torch.channels_last)
-        variants["ours bf16"] = our_run(ours, batch, proposals, half)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        results = []
-        for name, run in variants.items():
-            started = time.process_time()
-            results.append(run())
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - started)
-        if not number:
-            least_iou = share_equal(results[1], results[0])
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        variants[turns.PEER_BF16] = Variant(their_run(theirs, batch, proposals, half, torch.channels_last), half)
+        variants["ours bf16"] = Variant(our_run(ours, batch, proposals, half), half)
+    timed, roofs = turns.time_in_turns(variants, rounds)
     title = (
         f"images to COCO RLE, {size} px, batch {BATCH_SIZE}, ResNet-50, {DETECTIONS} detections an image, "
         f"{peers.NUM_CLASSES} classes, one thread, CPU time, medians of {rounds}; "
         f"least IoU of our fp32 masks with torchvision's: {least_iou:.3f}"
     )
-    peer = "torchvision bf16, channels last"
-    rows = [
-        [
-            name,
-            f"{1000 * median / BATCH_SIZE:.0f}",
-            f"{medians['torchvision fp32'] / median:.2f}",
-            f"{medians[peer] / median:.2f}" if peer in medians else "-",
-        ]
-        for name, median in medians.items()
-    ]
-    columns = ["variant", "ms an image", "times torchvision fp32", "times torchvision bf16"]
-    show(Table("inference_step", title, columns, rows, {"seconds": seconds, "least_iou": least_iou}), options.json)
+    rows = turns.rows_of(variants, timed, roofs, lambda seconds: f"{1000 * seconds / BATCH_SIZE:.0f}", BATCH_SIZE)
+    raw = {"seconds": {name: of.seconds for name, of in timed.items()}, "least_iou": least_iou}
+    show(Table("inference_step", title, ["variant", "ms an image", *turns.COLUMNS], rows, raw), options.json)
 
 
 if __name__ == "__main__":

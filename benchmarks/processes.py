@@ -16,6 +16,14 @@ def _fields(process: int) -> list[str]:
         return []
 
 
+def _name(process: int) -> str:
+    """As the process or its program has set it, 15 letters of it; empty where it is gone."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _all() -> Iterator[tuple[int, list[str]]]:
     """Every process there is."""
     for entry in Path("/proc").iterdir():
@@ -50,17 +58,19 @@ class SessionMeter:
     def __init__(self, leader: int) -> None:
         self._leader = leader
         self._ticks: dict[int, int] = {}
+        self._names: dict[int, str] = {}
 
     def look(self) -> None:
         """Note what each process has used so far."""
         for process, fields in _all():
             if int(fields[SESSION]) == self._leader:
                 self._ticks[process] = sum(map(int, fields[OWN_TIMES]))
+                self._names[process] = _name(process) or self._names.get(process, "")
 
-    def seconds(self) -> float:
-        """Of all together; never falls, whichever process ends."""
+    def seconds(self, name: str = "") -> float:
+        """Of all whose name begins so, as last seen; never falls, whichever process ends."""
         self.look()
-        return sum(self._ticks.values()) / TICKS
+        return sum(ticks for process, ticks in self._ticks.items() if self._names[process].startswith(name)) / TICKS
 
 
 def private_megabytes(processes: Iterable[int]) -> float:

@@ -4,9 +4,11 @@
 
 Both take the demo's configuration with one worker and its whole batch, the same rows in the same order, each read from
 shards in the course of it, and one thread; evaluations and checkpoints lie outside of what is counted. The job's CPU
-seconds are those of all its processes: driver, Ray's own, tracker, data tasks, worker. Turns follow each other, a fresh
-process each. How long the job takes to the first steps that it logs is told too. Counting begins when the blocks of the
-stream have grown to their full size, and the object store holds few of them, so that the job reads while it is counted.
+seconds are those of all its processes: driver, Ray's own, tracker, data tasks, worker. Those of the worker, which does
+what the plain process does except for reading, are told apart, and so is how much of a core all others take, whatever
+a step takes. Turns follow each other, a fresh process each. How long the job takes to the first steps that it logs is
+told too. Counting begins when the blocks of the stream have grown to their full size, and the object store holds few of
+them, so that the job reads while it is counted.
 """
 
 import argparse
@@ -19,8 +21,8 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -47,6 +49,7 @@ OBJECT_STORE_MEGABYTES = 64
 END_SECONDS = 30.0
 POLL_SECONDS, LOOK_SECONDS = 0.02, 0.5
 PLAIN, JOB = "plain process", "jobs/train.py, one worker"
+WORKER = "ray::RayTrainWo"  # as the kernel names the process of the training worker
 
 
 def main() -> None:
@@ -113,7 +116,8 @@ def run_plain(config: ExperimentConfig, data: PreparedData) -> dict[str, float]:
     marks = {}
     for step, batches in enumerate(batches_of_rank(config, shards, 0, last_step, data)):
         if step in (first, end):
-            marks[step] = (cpu_seconds(family(os.getpid())), time.monotonic())
+            used = cpu_seconds(family(os.getpid()))
+            marks[step] = Mark(used, used, time.monotonic())
         if step == end:
             break
         train_step(model, batches, optimizer, config, step, last_step, dtype)
@@ -140,7 +144,7 @@ def run_job(config: ExperimentConfig, folder: Path, name: str) -> dict[str, floa
         marks, reached = [], []
         for step in (WARM_UP_STEPS, (config.train.max_steps or 0) - STEPS_BEHIND):
             reached.append(wait_for_step(process, journal, step, meter))
-            marks.append((meter.seconds(), time.monotonic()))
+            marks.append(Mark(meter.seconds(), meter.seconds(WORKER), time.monotonic()))
         found = per_step(marks[0], marks[1], reached[1] - reached[0])
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -175,9 +179,19 @@ def end_session(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
         process.wait(END_SECONDS)
 
 
-def per_step(first: tuple[float, float], last: tuple[float, float], steps: int) -> dict[str, float]:
-    """CPU and wall seconds a step between two marks."""
-    return {"cpu_seconds": (last[0] - first[0]) / steps, "seconds": (last[1] - first[1]) / steps}
+@dataclass(frozen=True)
+class Mark:
+    """A moment."""
+
+    cpu_seconds: float
+    worker_cpu_seconds: float
+    seconds: float
+
+
+def per_step(first: Mark, last: Mark, steps: int) -> dict[str, float]:
+    """CPU seconds, in all and of the worker, and wall seconds a step between two marks."""
+    begin, end = asdict(first), asdict(last)
+    return {key: (end[key] - begin[key]) / steps for key in begin}
 
 
 def table_of(turns: dict[str, list[dict[str, float]]], steps: int, rounds: int) -> Table:
@@ -185,12 +199,19 @@ def table_of(turns: dict[str, list[dict[str, float]]], steps: int, rounds: int) 
     rows = []
     plain = statistics.median(turn["cpu_seconds"] for turn in turns[PLAIN])
     for name, found in turns.items():
-        cpu, wall = (statistics.median(turn[key] for turn in found) for key in ("cpu_seconds", "seconds"))
+        cpu, worker, wall = (
+            statistics.median(turn[key] for turn in found) for key in ("cpu_seconds", "worker_cpu_seconds", "seconds")
+        )
         first = [turn["seconds_to_first_steps"] for turn in found if "seconds_to_first_steps" in turn]
         begins = f"{statistics.median(first):.1f}" if first else "-"
-        rows.append([name, f"{cpu:.3f}", f"{100 * (cpu / plain - 1):+.1f} %", f"{wall:.3f}", begins])
+        figures = [f"{cpu:.3f}", f"{worker:.3f}"], [f"{100 * (one / plain - 1):+.1f} %" for one in (cpu, worker)]
+        in_all, of_worker = zip(*figures, strict=True)
+        rows.append([name, *in_all, *of_worker, f"{(cpu - worker) / wall:.2f}", f"{wall:.3f}", begins])
     title = f"demo, one worker, one thread, {steps} steps a turn, medians of {rounds}"
-    columns: list[Any] = ["variant", "CPU s a step", "more", "s a step", "s from command to first steps logged"]
+    columns = [
+        "variant", "CPU s a step", "more", "of the worker", "more there", "cores for all others", "s a step",
+        "s from command to first steps logged",
+    ]  # fmt: skip
     return Table("ray_overhead", title, columns, rows, turns)
 
 

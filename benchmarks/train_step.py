@@ -5,21 +5,21 @@
 Both take the preset configs/torchvision_v1.yaml stands for, with the same random weights, 512 regions an image of which
 the same number are positive, one thread, variants interleaved in one process, medians of CPU time (GPU: wall time).
 The process keeps freed memory as our workers do (`pipeline.allocator`); the peer gains by it as well.
-Ratios are the time of torchvision in fp32 over that of the variant: more than 1 is faster.
+Ratios are the time of torchvision in fp32 over that of the variant: more than 1 is faster. The roof is a convolution of
+256 channels in the type of the variant, timed in the same turns (`benchmarks.roof`).
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from benchmarks import peers
+from benchmarks import peers, turns
 from benchmarks.results import Table, has_bf16, show
+from benchmarks.turns import Variant
 from pipeline import allocator
 
 BATCH_SIZE = 2
@@ -45,40 +45,22 @@ def main() -> None:
     ours = peers.our_model(theirs, device)
     half = torch.bfloat16
     variants = {
-        "torchvision fp32": peers.their_step(theirs, batch, proposals, None),
-        "ours fp32": peers.our_step(ours, batch, proposals, None),
+        turns.PEER_FP32: Variant(peers.their_step(theirs, batch, proposals, None), None),
+        "ours fp32": Variant(peers.our_step(ours, batch, proposals, None), None),
     }
     if has_bf16() and not options.fp32_only:
-        variants["torchvision bf16, channels last"] = peers.their_step(
-            theirs, batch, proposals, half, torch.channels_last
-        )
-        variants["ours bf16"] = peers.our_step(ours, batch, proposals, half)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, step in variants.items():
-            started = time.process_time()
-            step()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - started)
+        variants[turns.PEER_BF16] = Variant(peers.their_step(theirs, batch, proposals, half, torch.channels_last), half)
+        variants["ours bf16"] = Variant(peers.our_step(ours, batch, proposals, half), half)
+    timed, roofs = turns.time_in_turns(variants, rounds)
     if not (peers.all_finite(theirs) and peers.all_finite(ours)):
         raise RuntimeError("weights are not finite; the timing would mean nothing")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     title = (
         f"training step, {size} px, batch {BATCH_SIZE}, ResNet-50, 512 regions an image, {options.positives} positive, "
         f"one thread, CPU time, medians of {rounds}"
     )
-    peer = "torchvision bf16, channels last"
-    rows = [
-        [
-            name,
-            f"{median:.2f}",
-            f"{medians['torchvision fp32'] / median:.2f}",
-            f"{medians[peer] / median:.2f}" if peer in medians else "-",
-        ]
-        for name, median in medians.items()
-    ]
-    columns = ["variant", "s", "times torchvision fp32", "times torchvision bf16"]
-    show(Table("train_step", title, columns, rows, {"seconds": seconds}), options.json)
+    rows = turns.rows_of(variants, timed, roofs, lambda seconds: f"{seconds:.2f}", images=1)
+    raw = {"seconds": {name: of.seconds for name, of in timed.items()}}
+    show(Table("train_step", title, ["variant", "s", *turns.COLUMNS], rows, raw), options.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from model.config import BoxHeadConfig, NormConfig
 from model.norm import apply_norm, make_norm
+from model.products import Linear, linear
 
 
 class BoxHead(nn.Module):
@@ -34,9 +35,9 @@ class BoxHead(nn.Module):
         )
         self.norms = nn.ModuleList([make_norm(config.norm, b, norms.epsilon) for _, b, _ in convolutions])
         # The first one takes its columns as `_flatten` gives them.
-        self.fully_connected = nn.ModuleList([nn.Linear(a, b) for a, b in fully_connected])
-        self.class_logits = nn.Linear(width, num_classes)
-        self.box_deltas = nn.Linear(width, 4 * num_classes)
+        self.fully_connected = nn.ModuleList([Linear(a, b) for a, b in fully_connected])
+        self.class_logits = Linear(width, num_classes)
+        self.box_deltas = Linear(width, 4 * num_classes)
         for layer in (*self.convolutions, *self.fully_connected):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
@@ -60,8 +61,8 @@ class BoxHead(nn.Module):
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = F.relu_(apply_norm(norm, _convolve(convolution, x), valid))
         x = _flatten(x)
-        for linear in self.fully_connected:
-            x = F.relu_(linear(x))
+        for layer in self.fully_connected:
+            x = F.relu_(layer(x))
         deltas: Tensor = self.box_deltas(x)
         logits: Tensor = self.class_logits(x)
         return logits.float(), deltas.float().reshape(-1, self.num_classes, 4)
@@ -73,7 +74,7 @@ def _convolve(convolution: nn.Module, x: Tensor) -> Tensor:
     if convolution.kernel_size != tuple(x.shape[2:]) or convolution.padding != (0, 0):
         y: Tensor = convolution(x)
         return y
-    return F.linear(_flatten(x), _flatten(convolution.weight), convolution.bias)[:, :, None, None]
+    return linear(_flatten(x), _flatten(convolution.weight), convolution.bias)[:, :, None, None]
 
 
 def _flatten(regions: Tensor) -> Tensor:

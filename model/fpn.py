@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import products
 from model.config import FpnConfig, NormConfig
 from model.norm import make_norm
 
@@ -23,15 +25,24 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """C2..C5, each half the side of the one before, to P2..P6 with strides 4, 8, 16, 32, 64."""
-        merged: Tensor = self.laterals[-1](features[-1])
+        merged: Tensor = _run(self.laterals[-1], features[-1])
         pyramid = [self.smoothing[-1](merged)]
         for lateral, smooth, feature in zip(
             reversed(self.laterals[:-1]), reversed(self.smoothing[:-1]), reversed(features[:-1]), strict=True
         ):
-            merged = lateral(feature) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            merged = _run(lateral, feature) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
             pyramid.insert(0, smooth(merged))
         pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))  # P6
         return pyramid
+
+
+def _run(layer: nn.Module, x: Tensor) -> Tensor:
+    """A convolution, with its norm where there is one."""
+    convolution, *norms = layer.children() if isinstance(layer, nn.Sequential) else [layer]
+    x = products.convolve(cast(nn.Conv2d, convolution), x)
+    for norm in norms:
+        x = norm(x)
+    return x
 
 
 def _convolution(in_channels: int, config: FpnConfig, norms: NormConfig, kernel_size: int) -> nn.Module:

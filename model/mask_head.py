@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.config import MaskHeadConfig, NormConfig
 from model.norm import apply_norm, make_norm
+from model.products import linear
 
 
 class MaskHead(nn.Module):
@@ -54,7 +55,7 @@ class MaskHead(nn.Module):
         height, width = x.shape[2:]
         cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, height * width, channels)
         matrices = self.upsampling.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * channels, channels)
-        finer = F.relu_(F.linear(cells, matrices, self.upsampling.bias.repeat(4)))
+        finer = F.relu_(linear(cells, matrices, self.upsampling.bias.repeat(4)))
         finer = finer.reshape(cells.shape[0], 4 * height * width, self.upsampling.out_channels)
         weight, bias = self.mask_logits.weight.flatten(1)[classes], self.mask_logits.bias[classes]
         logits = torch.bmm(finer, weight[:, :, None])[:, :, 0] + bias[:, None]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from model import products
 from model.config import NormKind
 
 
@@ -88,7 +89,7 @@ def convolve(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     Its float32 buffers would turn the whole map into float32. In float32 it would save little and round differently.
     """
     if not isinstance(norm, FrozenNorm) or not torch.is_autocast_enabled(x.device.type):
-        y: Tensor = norm(convolution(x))
+        y: Tensor = norm(products.convolve(convolution, x))
         return y
     scale, shift = norm.scale_and_shift()
     if convolution.bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.cell_matrix import CellMatrix
 from model.config import RpnConfig
+from model.products import linear
 
 
 class RegionProposalNetwork(nn.Module):
@@ -87,7 +88,7 @@ class RegionProposalNetwork(nn.Module):
         around = matrix.cells.index_select(0, rows.flatten()) * inside.reshape(-1, 1)
         around = around.reshape(*index.shape, -1)  # (B, S, 9 * channels)
         weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-        hidden = F.relu_(F.linear(around, weight, convolution.bias))
+        hidden = F.relu_(linear(around, weight, convolution.bias))
         ratio = (index % anchors_per_cell)[..., None, None]
         logits, deltas = (
             F.linear(hidden, layer.weight.flatten(1), layer.bias)

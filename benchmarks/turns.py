@@ -1,0 +1,93 @@
+"""Variants of a computation in one process, timed in turns with the roof of their type, and the rows of their table."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.roof import Roof, gigaflops_of
+
+COLUMNS = ("times torchvision fp32", "times torchvision bf16", "GFLOP", "GFLOP/s", "of the roof")
+PEER_FP32, PEER_BF16 = "torchvision fp32", "torchvision bf16, channels last"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed, and the type that it computes in; None is float32."""
+
+    run: Callable[[], Any]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Of a variant, or of a roof."""
+
+    gigaflops: float
+    seconds: list[float]
+    """Of CPU time, one a round."""
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def speed(self) -> float:
+        """GFLOP/s."""
+        return self.gigaflops / self.median
+
+
+def time_in_turns(
+    variants: dict[str, Variant], rounds: int
+) -> tuple[dict[str, Timed], dict[torch.dtype | None, Timed]]:
+    """Variants, and the roofs of their types; a round before the others warms up, and counts operations."""
+    roofs = {dtype: Roof.of(dtype) for dtype in dict.fromkeys(variant.dtype for variant in variants.values())}
+    timed = {name: (variant.run, Timed(gigaflops_of(variant.run), [])) for name, variant in variants.items()}
+    of_roofs = {dtype: (roof.run, Timed(roof.gigaflops(), [])) for dtype, roof in roofs.items()}
+    for _ in range(rounds):
+        for run, result in (*timed.values(), *of_roofs.values()):
+            started = time.process_time()
+            run()
+            result.seconds.append(time.process_time() - started)
+    return {name: result for name, (_, result) in timed.items()}, {key: result for key, (_, result) in of_roofs.items()}
+
+
+def rows_of(
+    variants: dict[str, Variant],
+    timed: dict[str, Timed],
+    roofs: dict[torch.dtype | None, Timed],
+    show: Callable[[float], str],
+    images: int,
+) -> list[Sequence[str]]:
+    """Rows under a name, a time and `COLUMNS`.
+
+    The last row is a bound: the operations of our fastest variant at the speed of the roof and nothing else.
+
+    Args:
+        variants: what was timed.
+        timed: how long it took.
+        roofs: of the types.
+        show: seconds as they stand in the table.
+        images: that a run computes, which the operations are divided by; 1 for those of a run.
+    """
+
+    def row(name: str, seconds: float, gigaflops: float, roof: float) -> Sequence[str]:
+        ratios = [f"{timed[peer].median / seconds:.2f}" if peer in timed else "-" for peer in (PEER_FP32, PEER_BF16)]
+        speed = gigaflops / seconds
+        return [
+            name,
+            show(seconds),
+            *ratios,
+            f"{gigaflops / images:.0f}",
+            f"{speed:.0f}",
+            f"{100 * speed / roof:.0f} %",
+        ]
+
+    rows = [row(name, of.median, of.gigaflops, roofs[variants[name].dtype].speed) for name, of in timed.items()]
+    fastest = list(timed)[-1]
+    speed, work = roofs[variants[fastest].dtype].speed, timed[fastest].gigaflops
+    return [*rows, row(f"bound: {fastest} wholly at the roof", work / speed, work, speed)]
