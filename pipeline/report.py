@@ -84,18 +84,22 @@ def draw_objects(
 
 
 def _lay_over(shown: UInt8Array, mask: npt.NDArray[np.bool_], paint: npt.NDArray[np.uint16]) -> None:
-    """Tint what a mask covers and draw its outline, a pixel wide, in a picture that may be larger or smaller."""
+    """Tint what a mask covers and draw its outline in a picture that may be larger or smaller.
+
+    The outline is a pixel wide, and darkens the pixels around it: so it shows on things of its own colour.
+    """
     size = shown.shape[1], shown.shape[0]
     covered = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
     rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
     if not len(rows):
         return
-    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    part = slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2)
     inside, area = covered[part], shown[part]
     padded = np.pad(inside, 1)
-    surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    above, below, before, behind = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
     area[inside] = (area[inside] + paint) // 2
-    area[inside & ~surrounded] = paint
+    area[inside & ~(above & below & before & behind)] = paint
+    area[~inside & (above | below | before | behind)] //= 2
 
 
 def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_names: Sequence[str]) -> bytes:

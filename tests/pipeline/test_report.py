@@ -69,6 +69,7 @@ def test_mask_and_box_by_hand() -> None:
     drawn = np.asarray(draw_objects(image, masks, boxes, [""], [1]))
     colour = np.array(_COLOURS[1])
     expected = image.copy()
+    expected[119:131, 120:130] = expected[120:130, 119:131] = 50  # darker around it, but not beyond corners
     expected[120:130, 120:130] = colour  # its outline
     expected[121:129, 121:129] = (100 + colour) // 2
     expected[110, 100:200] = expected[209, 100:200] = colour  # right and bottom are exclusive
@@ -77,7 +78,7 @@ def test_mask_and_box_by_hand() -> None:
 
 
 def test_the_outline_of_an_enlarged_mask_is_a_pixel_wide() -> None:
-    """A ring: its hole has an outline, too, and what is in the hole stays."""
+    """A ring: its hole has an outline, too, and what is in the hole stays but for the dark line along it."""
     image = np.full((100, 100, 3), 100, dtype=np.uint8)
     masks = np.zeros((1, 100, 100), dtype=bool)
     masks[0, 20:50, 30:60] = True
@@ -86,10 +87,12 @@ def test_the_outline_of_an_enlarged_mask_is_a_pixel_wide() -> None:
     drawn = np.asarray(draw_objects(image, masks, outside, [""], [2]))
     colour = np.array(_COLOURS[2])
     expected = image.repeat(3, axis=0).repeat(3, axis=1)
+    expected[59:151, 90:180] = expected[60:150, 89:181] = 50
     expected[60:150, 90:180] = colour
     expected[61:149, 91:179] = (100 + colour) // 2
     expected[90:120, 119] = expected[90:120, 150] = expected[89, 120:150] = expected[120, 120:150] = colour
-    expected[90:120, 120:150] = 100
+    expected[90:120, 120:150] = 50
+    expected[91:119, 121:149] = 100
     np.testing.assert_array_equal(drawn, expected)
 
 
@@ -172,12 +175,13 @@ def test_ground_truth_is_left_and_predictions_are_right(tmp_path: Path) -> None:
     )
     after = pixels(draw_comparison([(values, found(0.9))], NAMES))
     changed = np.flatnonzero((after != before).any(axis=(0, 2)))
-    # The box reaches from 10 to 30 original pixels, six times enlarged; its label stands above or below.
-    assert changed.min() == 408 + 60
+    # Mask and box reach from 10 to 30 original pixels, six times enlarged, with a dark pixel around the mask; the label
+    # stands above or below.
+    assert changed.min() == 408 + 60 - 1
     assert changed.max() <= 408 + 180 + 60
     truth = pixels(draw_comparison([(row(tmp_path, 1), found())], NAMES))
     changed = np.flatnonzero((truth != before).any(axis=(0, 2)))
-    assert changed.min() == 12 + 4 * 6
+    assert changed.min() == 12 + 4 * 6 - 1
     assert changed.max() < 396
 
 
@@ -225,6 +229,7 @@ def test_lines_of_a_reduced_picture_are_a_pixel_wide() -> None:
     drawn = np.asarray(draw_objects(image, masks, boxes, [""], [1], largest_side=200))
     colour = np.array(_COLOURS[1])
     expected = np.full((100, 200, 3), 100)
+    expected[24:51, 100:150] = expected[25:50, 99:151] = 50
     expected[25:50, 100:150] = colour
     expected[26:49, 101:149] = (100 + colour) // 2
     expected[20:40, 10:30] = colour
