@@ -8,6 +8,9 @@ to oneDNN, whatever the number of threads, and rows are the pixels of such image
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -16,6 +19,18 @@ from torch import Tensor, nn
 
 FEWEST_IMAGES, FEWEST_PIXELS = 16, 32
 """Images that torch hands to oneDNN, and pixels of each from which on that was measured to be the faster way."""
+
+_always_usual = ContextVar("_always_usual", default=False)
+
+
+@contextmanager
+def usual_route() -> Iterator[None]:
+    """Inside, everything is rounded as in a program that was exported, to compare with one."""
+    before = _always_usual.set(True)
+    try:
+        yield
+    finally:
+        _always_usual.reset(before)
 
 
 class Linear(nn.Linear):
@@ -54,6 +69,7 @@ def _goes_otherwise(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not _always_usual.get()
         and mkl_is_slow()
     )
 

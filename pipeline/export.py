@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.export import INPUT_NAMES, OUTPUT_NAMES, export_program, save_onnx
 from model.mask_rcnn import MaskRCNN
+from model.products import usual_route
 from model.structures import Detections
 from pipeline.checkpoint import build_model
 from pipeline.errors import UserError
@@ -94,7 +95,8 @@ def _export_canvas(
     """Write both forms for one canvas and compare each with the model; the largest differences."""
     name = f"model-{canvas[0]}x{canvas[1]}"
     images, sizes = _pictures(canvas, batch_size)
-    expected = model.detect(images, sizes)
+    with usual_route():
+        expected = model.detect(images, sizes)
     with warnings.catch_warnings():  # of the exporters about themselves
         warnings.simplefilter("ignore")
         program = export_program(model, canvas, batch_size)

@@ -112,6 +112,15 @@ def test_other_types_and_autocast_take_the_usual_route(convolutions: mock.Mock) 
     assert batch_sizes(convolutions) == []
 
 
+def test_the_other_route_is_left_while_a_program_is_compared(convolutions: mock.Mock) -> None:
+    x, weight = torch.randn(512, 8), torch.randn(4, 8)
+    with products.usual_route():
+        assert torch.equal(products.linear(x, weight), F.linear(x, weight))
+    assert batch_sizes(convolutions) == []
+    products.linear(x, weight)
+    assert batch_sizes(convolutions) == [16]
+
+
 def test_exported_programs_have_the_usual_layers() -> None:
     program = torch.export.export(products.Linear(8, 4), (torch.randn(512, 8),))
     targets = {str(node.target) for node in program.graph.nodes}
