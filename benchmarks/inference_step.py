@@ -153,8 +153,9 @@ def main() -> None:
         f"least IoU of our fp32 masks with torchvision's: {least_iou:.3f}"
     )
     rows = turns.rows_of(variants, timed, roofs, lambda seconds: f"{1000 * seconds / BATCH_SIZE:.0f}", BATCH_SIZE)
-    raw = {"seconds": {name: of.seconds for name, of in timed.items()}, "least_iou": least_iou}
-    show(Table("inference_step", title, ["variant", "ms an image", *turns.COLUMNS], rows, raw), options.json)
+    columns = ["variant", "ms an image", *turns.RATIOS, "GFLOP an image", *turns.SPEEDS]
+    raw = turns.raw_of(timed, roofs) | {"least_iou": least_iou}
+    show(Table("inference_step", title, columns, rows, raw), options.json)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class SessionMeter:
                 self._names[process] = _name(process) or self._names.get(process, "")
 
     def seconds(self, name: str = "") -> float:
-        """Of all whose name begins so, as last seen; never falls, whichever process ends."""
+        """Of all whose name begins so, as last seen; a process that ends keeps its share."""
         self.look()
         return sum(ticks for process, ticks in self._ticks.items() if self._names[process].startswith(name)) / TICKS
 

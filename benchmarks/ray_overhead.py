@@ -5,8 +5,8 @@
 Both take the demo's configuration with one worker and its whole batch, the same rows in the same order, each read from
 shards in the course of it, and one thread; evaluations and checkpoints lie outside of what is counted. The job's CPU
 seconds are those of all its processes: driver, Ray's own, tracker, data tasks, worker. Those of the worker, which does
-what the plain process does except for reading, are told apart, and so is how much of a core all others take, whatever
-a step takes. Turns follow each other, a fresh process each. How long the job takes to the first steps that it logs is
+what the plain process does except for reading, are told apart, and so is how much of a core all others take together.
+Turns follow each other, a fresh process each. How long the job takes to the first steps that it logs is
 told too. Counting begins when the blocks of the stream have grown to their full size, and the object store holds few of
 them, so that the job reads while it is counted.
 """
@@ -146,6 +146,8 @@ def run_job(config: ExperimentConfig, folder: Path, name: str) -> dict[str, floa
             reached.append(wait_for_step(process, journal, step, meter))
             marks.append(Mark(meter.seconds(), meter.seconds(WORKER), time.monotonic()))
         found = per_step(marks[0], marks[1], reached[1] - reached[0])
+        if not found["worker_cpu_seconds"]:
+            raise RuntimeError(f"no process of the job is called {WORKER}: does Ray name its workers otherwise now?")
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             end_session(process, number)
@@ -181,7 +183,7 @@ def end_session(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment."""
+    """CPU seconds so far and the clock, at one moment."""
 
     cpu_seconds: float
     worker_cpu_seconds: float
@@ -204,13 +206,13 @@ def table_of(turns: dict[str, list[dict[str, float]]], steps: int, rounds: int) 
         )
         first = [turn["seconds_to_first_steps"] for turn in found if "seconds_to_first_steps" in turn]
         begins = f"{statistics.median(first):.1f}" if first else "-"
-        figures = [f"{cpu:.3f}", f"{worker:.3f}"], [f"{100 * (one / plain - 1):+.1f} %" for one in (cpu, worker)]
-        in_all, of_worker = zip(*figures, strict=True)
-        rows.append([name, *in_all, *of_worker, f"{(cpu - worker) / wall:.2f}", f"{wall:.3f}", begins])
+        more, more_there = (f"{100 * (one / plain - 1):+.1f} %" for one in (cpu, worker))
+        others = f"{(cpu - worker) / wall:.2f}"
+        rows.append([name, f"{cpu:.3f}", more, f"{worker:.3f}", more_there, others, f"{wall:.3f}", begins])
     title = f"demo, one worker, one thread, {steps} steps a turn, medians of {rounds}"
     columns = [
-        "variant", "CPU s a step", "more", "of the worker", "more there", "cores for all others", "s a step",
-        "s from command to first steps logged",
+        "variant", "CPU s a step", "more than plain", "of the worker", "more than plain", "cores for all others",
+        "s a step", "s from command to first steps logged",
     ]  # fmt: skip
     return Table("ray_overhead", title, columns, rows, turns)
 

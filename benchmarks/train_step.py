@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --size 512
 
 Both take the preset configs/torchvision_v1.yaml stands for, with the same random weights, 512 regions an image of which
-the same number are positive, one thread, variants interleaved in one process, medians of CPU time (GPU: wall time).
+the same number are positive, one thread, variants interleaved in one process, medians of CPU time.
 The process keeps freed memory as our workers do (`pipeline.allocator`); the peer gains by it as well.
 Ratios are the time of torchvision in fp32 over that of the variant: more than 1 is faster. The roof is a convolution of
 256 channels in the type of the variant, timed in the same turns (`benchmarks.roof`).
@@ -59,8 +59,8 @@ def main() -> None:
         f"one thread, CPU time, medians of {rounds}"
     )
     rows = turns.rows_of(variants, timed, roofs, lambda seconds: f"{seconds:.2f}", images=1)
-    raw = {"seconds": {name: of.seconds for name, of in timed.items()}}
-    show(Table("train_step", title, ["variant", "s", *turns.COLUMNS], rows, raw), options.json)
+    columns = ["variant", "s", *turns.RATIOS, "GFLOP a step", *turns.SPEEDS]
+    show(Table("train_step", title, columns, rows, turns.raw_of(timed, roofs)), options.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fully connected layers and 1 x 1 convolutions in float32, for processors on which torch's usual route is slow.
 
-torch leaves fully connected layers to MKL, and with one thread 1 x 1 convolutions too. MKL uses less than half of a
-processor that is not Intel's: 110 of 265 GFLOP/s of an AMD EPYC with AVX-512. A convolution of 16 images or more goes
-to oneDNN, whatever the number of threads, and rows are the pixels of such images without being moved.
+torch leaves fully connected layers to MKL, and of 1 x 1 convolutions those of fewer than 16 images with one thread. On
+an AMD EPYC with AVX-512 MKL was measured to do 110 of the 265 GFLOP/s that oneDNN does. Convolutions of 16 images go to
+oneDNN, and rows are the pixels of such images without being moved.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEWEST_IMAGES, FEWEST_PIXELS = 16, 32
-"""Images that torch hands to oneDNN, and pixels of each from which on that was measured to be the faster way."""
+IMAGES = 16
+"""That torch hands to oneDNN however many threads there are."""
+FEWEST_ROWS = 32 * IMAGES
+"""From here on it was measured to be the faster way."""
 
 _always_usual = ContextVar("_always_usual", default=False)
 
 
 @contextmanager
 def usual_route() -> Iterator[None]:
-    """Inside, everything is rounded as in a program that was exported, to compare with one."""
-    before = _always_usual.set(True)
+    """Inside, products take torch's own route, as in a program that was exported."""
+    token = _always_usual.set(True)
     try:
         yield
     finally:
-        _always_usual.reset(before)
+        _always_usual.reset(token)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """`nn.Linear` that calls `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -42,31 +44,54 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: (..., in) to (..., out), rounded otherwise where it takes the other route; there may be no rows."""
-    rows = x.numel() // max(1, x.shape[-1])
-    images = _images_of(rows) if _goes_otherwise(x, weight) else None
-    if images is None:
+    """`F.linear`: (..., in) to (..., out), on the other route rounded differently; there may be no rows."""
+    if x.numel() < FEWEST_ROWS * x.shape[-1] or not _usual_is_slow(x, weight):
         return F.linear(x, weight, bias)
-    cells = x.reshape(images, 1, rows // images, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(cells, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    y = _product(x.reshape(-1, x.shape[-1]), weight[:, :, None, None], bias)
+    return _reshaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of (N, in, H, W); one of single pixels is a product of rows where they lie so in memory."""
     alone = convolution.kernel_size == convolution.stride == (1, 1) and convolution.groups == 1
-    by_rows = alone and convolution.padding == (0, 0) and x.is_contiguous(memory_format=torch.channels_last)
-    if not by_rows or not _goes_otherwise(x, convolution.weight):
+    if (
+        not alone
+        or convolution.padding != (0, 0)
+        or x.shape[0] >= IMAGES
+        or x.numel() < FEWEST_ROWS * x.shape[1]
+        or torch.get_num_threads() > 1
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or not _usual_is_slow(x, convolution.weight)
+    ):
         y: Tensor = convolution(x)
         return y
-    return linear(x.permute(0, 2, 3, 1), convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
+    cells = x.permute(0, 2, 3, 1)
+    y = _product(cells.reshape(-1, x.shape[1]), convolution.weight, convolution.bias)
+    return _reshaped(y, (*cells.shape[:-1], convolution.out_channels)).permute(0, 3, 1, 2)
 
 
-def _goes_otherwise(x: Tensor, weight: Tensor) -> bool:
-    """Whether the usual route would be MKL's, on a processor that it is slow on."""
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, in) by (out, in, 1, 1) to (N, out); the last rows, fewer than there are images, are multiplied as usual."""
+    width, left = divmod(rows.shape[0], IMAGES)
+    whole = rows[: rows.shape[0] - left] if left else rows
+    y = F.conv2d(whole.reshape(IMAGES, 1, width, -1).permute(0, 3, 1, 2), weight, bias)
+    product = _reshaped(y.permute(0, 2, 3, 1).contiguous(), (IMAGES * width, weight.shape[0]))
+    return torch.cat([product, F.linear(rows[-left:], weight[:, :, 0, 0], bias)]) if left else product
+
+
+def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A result that nobody else holds in another shape: to autograd not a view, so that ReLU in place is not copied."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return reshaped
+
+
+def _usual_is_slow(x: Tensor, weight: Tensor) -> bool:
+    """Whether MKL computes these products, on a processor that it is slow on, and oneDNN could."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not _always_usual.get()
@@ -82,9 +107,3 @@ def mkl_is_slow(description: Path = Path("/proc/cpuinfo")) -> bool:
     lines = description.read_text().splitlines()
     makers = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
     return bool(makers) and makers[0] != "GenuineIntel"
-
-
-def _images_of(rows: int) -> int | None:
-    """The fewest images, all of one size, that so many rows are the pixels of; None where there are too few rows."""
-    most = rows // FEWEST_PIXELS
-    return next((images for images in range(FEWEST_IMAGES, most + 1) if rows % images == 0), None)

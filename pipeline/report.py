@@ -96,10 +96,10 @@ def _lay_over(shown: UInt8Array, mask: npt.NDArray[np.bool_], paint: npt.NDArray
     part = slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2)
     inside, area = covered[part], shown[part]
     padded = np.pad(inside, 1)
-    above, below, before, behind = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    above, below, left, right = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
     area[inside] = (area[inside] + paint) // 2
-    area[inside & ~(above & below & before & behind)] = paint
-    area[~inside & (above | below | before | behind)] //= 2
+    area[inside & ~(above & below & left & right)] = paint
+    area[~inside & (above | below | left | right)] //= 2
 
 
 def draw_comparison(rows: Sequence[tuple[dict[str, Any], Detections]], class_names: Sequence[str]) -> bytes:
