@@ -53,16 +53,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of (N, in, H, W); one of single pixels is a product of rows where they lie so in memory."""
-    alone = convolution.kernel_size == convolution.stride == (1, 1) and convolution.groups == 1
-    if (
-        not alone
-        or convolution.padding != (0, 0)
-        or x.shape[0] >= IMAGES
-        or x.numel() < FEWEST_ROWS * x.shape[1]
-        or torch.get_num_threads() > 1
-        or not x.is_contiguous(memory_format=torch.channels_last)
-        or not _usual_is_slow(x, convolution.weight)
-    ):
+    of_pixels = convolution.kernel_size == convolution.stride == (1, 1) and convolution.groups == 1
+    of_pixels = of_pixels and convolution.padding == (0, 0)
+    are_rows = x.is_contiguous(memory_format=torch.channels_last) and x.numel() >= FEWEST_ROWS * x.shape[1]
+    by_mkl = x.shape[0] < IMAGES and torch.get_num_threads() == 1
+    if not (of_pixels and are_rows and by_mkl and _usual_is_slow(x, convolution.weight)):
         y: Tensor = convolution(x)
         return y
     cells = x.permute(0, 2, 3, 1)
