@@ -19,11 +19,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from benchmarks import peers
+from benchmarks.roof import gigaflops_of
 
 HALF = torch.bfloat16
 TURNS = 3
@@ -121,9 +121,7 @@ class Models:
         """Floating-point operations of our step, convolutions and matrix products, forward and backward."""
         batch = peers.make_batch(batch_size, self.canvas, self.device)
         step = peers.our_step(self.ours, batch, peers.make_proposals(batch, self.positives), HALF)
-        with FlopCounterMode(display=False) as counter:
-            step()
-        return float(counter.get_total_flops()) / 1e12
+        return gigaflops_of(step) / 1000
 
     def finite(self) -> Row:
         """Whether the timed steps meant something."""

@@ -6,9 +6,9 @@ Both take the demo's configuration with one worker and its whole batch, the same
 shards in the course of it, and one thread; evaluations and checkpoints lie outside of what is counted. The job's CPU
 seconds are those of all its processes: driver, Ray's own, tracker, data tasks, worker. Those of the worker, which does
 what the plain process does except for reading, are told apart, and so is how much of a core all others take together.
-Turns follow each other, a fresh process each. How long the job takes to the first steps that it logs is
-told too. Counting begins when the blocks of the stream have grown to their full size, and the object store holds few of
-them, so that the job reads while it is counted.
+Turns follow each other, a fresh process each. How long the job takes to the first steps that it logs is told too.
+Counting begins when the blocks of the stream have grown to their full size, and the object store holds few of them, so
+that the job reads while it is counted.
 """
 
 import argparse

@@ -5,7 +5,6 @@ a matrix product, in float32 twice as fast as one on an AMD processor.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,30 +16,18 @@ CHANNELS, SIDE, IMAGES = 256, 64, 2
 REPEATS = 5
 
 
-@dataclass(frozen=True)
-class Roof:
-    """A convolution in one type."""
-
-    image: Tensor
-    weight: Tensor
-
-    @staticmethod
-    def of(dtype: torch.dtype | None) -> "Roof":
-        """In this type; None is float32."""
-        form = torch.channels_last
-        image = torch.randn(IMAGES, CHANNELS, SIDE, SIDE, dtype=dtype).contiguous(memory_format=form)
-        weight = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=dtype).contiguous(memory_format=form)
-        return Roof(image, weight)
+def roof(dtype: torch.dtype | None) -> Callable[[], None]:
+    """A run of some convolutions in this type, one after the other; None is float32."""
+    form = torch.channels_last
+    image = torch.randn(IMAGES, CHANNELS, SIDE, SIDE, dtype=dtype).contiguous(memory_format=form)
+    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=dtype).contiguous(memory_format=form)
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Some convolutions, one after the other."""
+    def run() -> None:
         for _ in range(REPEATS):
-            F.conv2d(self.image, self.weight, padding=1)
+            F.conv2d(image, weight, padding=1)
 
-    def gigaflops(self) -> float:
-        """Operations of `run`, 1e9."""
-        return gigaflops_of(self.run)
+    return run
 
 
 def gigaflops_of(run: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.roof import Roof, gigaflops_of
+from benchmarks.roof import gigaflops_of, roof
 
 RATIOS = ("times torchvision fp32", "times torchvision bf16")
 SPEEDS = ("GFLOP/s", "of the roof")
@@ -46,15 +46,16 @@ def time_in_turns(
     variants: dict[str, Variant], rounds: int
 ) -> tuple[dict[str, Timed], dict[torch.dtype | None, Timed]]:
     """Variants, and the roofs of their types; a round before the others warms up, and counts operations."""
-    roofs = {dtype: Roof.of(dtype) for dtype in dict.fromkeys(variant.dtype for variant in variants.values())}
-    timed = {name: (variant.run, Timed(gigaflops_of(variant.run), [])) for name, variant in variants.items()}
-    of_roofs = {dtype: (roof.run, Timed(roof.gigaflops(), [])) for dtype, roof in roofs.items()}
+    roofs = {dtype: roof(dtype) for dtype in dict.fromkeys(variant.dtype for variant in variants.values())}
+    runs = [*(variant.run for variant in variants.values()), *roofs.values()]
+    timed = [Timed(gigaflops_of(run), []) for run in runs]
     for _ in range(rounds):
-        for run, result in (*timed.values(), *of_roofs.values()):
+        for run, result in zip(runs, timed, strict=True):
             started = time.process_time()
             run()
             result.seconds.append(time.process_time() - started)
-    return {name: result for name, (_, result) in timed.items()}, {key: result for key, (_, result) in of_roofs.items()}
+    number = len(variants)
+    return dict(zip(variants, timed[:number], strict=True)), dict(zip(roofs, timed[number:], strict=True))
 
 
 def raw_of(timed: dict[str, Timed], roofs: dict[torch.dtype | None, Timed]) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import products
 from model.config import FpnConfig, NormConfig
 from model.norm import make_norm
+from model.products import Conv2d
 
 
 class FeaturePyramid(nn.Module):
@@ -25,30 +24,21 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """C2..C5, each half the side of the one before, to P2..P6 with strides 4, 8, 16, 32, 64."""
-        merged: Tensor = _run(self.laterals[-1], features[-1])
+        merged: Tensor = self.laterals[-1](features[-1])
         pyramid = [self.smoothing[-1](merged)]
         for lateral, smooth, feature in zip(
             reversed(self.laterals[:-1]), reversed(self.smoothing[:-1]), reversed(features[:-1]), strict=True
         ):
-            merged = _run(lateral, feature) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            merged = lateral(feature) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
             pyramid.insert(0, smooth(merged))
         pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))  # P6
         return pyramid
 
 
-def _run(layer: nn.Module, x: Tensor) -> Tensor:
-    """A convolution, with its norm where there is one."""
-    convolution, *norms = layer.children() if isinstance(layer, nn.Sequential) else [layer]
-    x = products.convolve(cast(nn.Conv2d, convolution), x)
-    for norm in norms:
-        x = norm(x)
-    return x
-
-
 def _convolution(in_channels: int, config: FpnConfig, norms: NormConfig, kernel_size: int) -> nn.Module:
     """A convolution that keeps the size, and its norm where there is one."""
     has_bias = config.norm == "none" or norms.convolution_bias
-    convolution = nn.Conv2d(in_channels, config.channels, kernel_size, padding=kernel_size // 2, bias=has_bias)
+    convolution = Conv2d(in_channels, config.channels, kernel_size, padding=kernel_size // 2, bias=has_bias)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)

@@ -43,6 +43,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` that calls `convolve`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) to (N, out, h, w)."""
+        return convolve(self, x)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: (..., in) to (..., out), on the other route rounded differently; there may be no rows."""
     if x.numel() < FEWEST_ROWS * x.shape[-1] or not _usual_is_slow(x, weight):
@@ -58,8 +66,7 @@ def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     are_rows = x.is_contiguous(memory_format=torch.channels_last) and x.numel() >= FEWEST_ROWS * x.shape[1]
     by_mkl = x.shape[0] < IMAGES and torch.get_num_threads() == 1
     if not (of_pixels and are_rows and by_mkl and _usual_is_slow(x, convolution.weight)):
-        y: Tensor = convolution(x)
-        return y
+        return nn.Conv2d.forward(convolution, x)
     cells = x.permute(0, 2, 3, 1)
     y = _product(cells.reshape(-1, x.shape[1]), convolution.weight, convolution.bias)
     return _reshaped(y, (*cells.shape[:-1], convolution.out_channels)).permute(0, 3, 1, 2)

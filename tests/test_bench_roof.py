@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.roof import Roof, gigaflops_of
+from benchmarks.roof import gigaflops_of, roof
 from benchmarks.turns import Timed, Variant, rows_of, time_in_turns
 
 
@@ -48,4 +48,4 @@ def test_variants_take_turns() -> None:
     timed, roofs = time_in_turns(variants, rounds=2)
     assert order == ["a", "b"] * 3  # the first of them warms up
     assert [len(of.seconds) for of in (*timed.values(), *roofs.values())] == [2, 2, 2]
-    assert roofs[None].gigaflops == pytest.approx(Roof.of(None).gigaflops())
+    assert roofs[None].gigaflops == pytest.approx(gigaflops_of(roof(None)))
